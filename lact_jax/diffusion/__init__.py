@@ -1,0 +1,1 @@
+"""Flow matching without a model: noise levels, the interleaved sequence, solvers, sampling."""

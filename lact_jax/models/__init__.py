@@ -1,0 +1,1 @@
+"""Networks: the LaCT diffusion transformer, the video codec and the text encoder."""
