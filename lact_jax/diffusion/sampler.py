@@ -1,0 +1,92 @@
+"""The chunk loop of autoregressive sampling, over a denoise and a commit function (REFERENCE.md 6).
+
+Letters: B samples (both guidance branches, where there are two, are the caller's affair),
+W chunks, f latent frames of a chunk, h, w latent size, c channels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lact_jax.diffusion.solvers import SOLVERS, Schedule, make_schedule
+
+# denoise(x, timestep, cache) -> velocity;  commit(x, cache) -> cache
+Denoise = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Commit = Callable[[jax.Array, Any], Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to sample.
+
+    Attributes:
+      solver: 'euler', 'unipc' or 'dpm++'.
+      steps: solver steps a chunk.
+      shift: time shift of the noise levels.
+      guidance_scale: classifier-free guidance; 1 is none and costs one branch.
+    """
+
+    solver: str = "unipc"
+    steps: int = 50
+    shift: float = 3.0
+    guidance_scale: float = 5.0
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"sample.solver={self.solver!r}: choose one of {sorted(SOLVERS)}")
+        if self.steps < 1:
+            raise ValueError(f"sample.steps={self.steps}: must be at least 1")
+        if self.shift <= 0:
+            raise ValueError(f"sample.shift={self.shift}: must be positive")
+
+    @property
+    def schedule(self) -> Schedule:
+        return make_schedule(self.solver, self.steps, self.shift)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1
+
+
+def guide(velocity_GB: jax.Array, guidance_scale: float) -> jax.Array:
+    """v_neg + g (v_text - v_neg) from a doubled batch [text; negative] (2B, ...): (B, ...)."""
+    v_text, v_neg = jnp.split(velocity_GB, 2)
+    return v_neg + guidance_scale * (v_text - v_neg)
+
+
+def solve_chunk(
+    denoise: Denoise, noise: jax.Array, cache: Any, schedule: Schedule, progress: Progress
+) -> jax.Array:
+    """Takes a chunk (B, f, h, w, c) from noise to data; the cache is only read."""
+    state = schedule.solver.init(noise)
+    for i in range(schedule.steps):
+        timestep = jnp.full((noise.shape[0],), schedule.timesteps[i], jnp.float32)
+        velocity = denoise(state.x, timestep, cache)
+        state = schedule.solver.step(state, velocity, schedule.coefficients_at(i))
+        progress(i + 1, schedule.steps)
+    return state.x
+
+
+def sample_chunks(
+    denoise: Denoise,
+    commit: Commit,
+    cache: Any,
+    noise_W: Iterator[jax.Array],
+    schedule: Schedule,
+    progress: Callable[[int], Progress] = lambda chunk: lambda step, steps: None,
+) -> Iterator[jax.Array]:
+    """Yields finished chunks (B, f, h, w, c), one for each of `noise_W`.
+
+    A chunk is committed when the next one is asked for, so the last one never is. Solver state is
+    new for each chunk. `progress(chunk)` gives the callback (step, steps) of that chunk.
+    """
+    finished = None
+    for i, noise in enumerate(noise_W):
+        if finished is not None:
+            cache = commit(finished, cache)
+        finished = solve_chunk(denoise, noise, cache, schedule, progress(i))
+        yield finished

@@ -1,0 +1,426 @@
+"""The Wan diffusion transformer over chunks, with LaCT or full attention as the sequence mixer.
+
+Letters: B batch, C chunks, F latent frames of a chunk, h, w latent height and width, c latent
+channels, S tokens of a chunk, D width, L text tokens, Q text width, N heads, K head width,
+P = K / 2, n layers of a stack.
+
+Layers of one kind are stacked: their parameters have a leading layer axis and `lax.scan` runs them.
+Where layer kinds alternate with period p there are p stacks, `blocks["0"]` .. `blocks[str(p-1)]`,
+and layer i is entry i // p of stack i % p.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from lact_jax.models import layers
+from lact_jax.models.full_attention import FullAttention
+from lact_jax.models.lact import LaCT, LaCTConfig
+from lact_jax.models.layers import MLP, AffineLayerNorm, RMSNorm, gelu_tanh, layer_norm, linear
+from lact_jax.ops.attention import attend
+from lact_jax.ops.rope import rope_angles
+from lact_jax.ops.sequence import SequenceLayout
+
+MIXERS = {"lact": LaCT, "full": FullAttention}
+
+# What the backward pass finds saved instead of computing it again.
+_POLICIES = jax.checkpoint_policies
+ATTENTION_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+
+
+def _is_attention(primitive, *_, **__) -> bool:
+    # By primitive: saving only cuDNN's named output would still run its forward twice.
+    return primitive.name == ATTENTION_PRIMITIVE
+
+
+REMAT_POLICIES = {
+    "full": _POLICIES.nothing_saveable,
+    "attention": _POLICIES.save_from_both_policies(
+        _POLICIES.save_only_these_names("attention"), _is_attention
+    ),
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes and options of the model; the defaults are Wan2.1 T2V-1.3B with LaCT layers.
+
+    Attributes:
+      mixer: 'lact' or 'full', the mixer of every layer but those that `attn_every_n_layers` names.
+      attn_every_n_layers: layer i is full attention where (i + 1) is a multiple; 0 for none.
+      lact: one LaCTConfig or several, cycled over the layers.
+      remat: 'none', or a key of REMAT_POLICIES.
+      dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
+    """
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    latent_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    mixer: str = "lact"
+    attn_every_n_layers: int = 0
+    lact: tuple[LaCTConfig, ...] = (LaCTConfig(),)
+    remat: str = "full"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.mixer not in MIXERS:
+            raise ValueError(f"model.mixer={self.mixer!r}: choose one of {sorted(MIXERS)}")
+        if self.remat != "none" and self.remat not in REMAT_POLICIES:
+            names = sorted({"none", *REMAT_POLICIES})
+            raise ValueError(f"model.remat={self.remat!r}: choose one of {names}")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"model.dtype={self.dtype!r}: choose 'bfloat16' or 'float32'")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"model.dim={self.dim} over model.num_heads={self.num_heads}: the head width must "
+                "be a whole, even number"
+            )
+        if not self.lact:
+            raise ValueError("model.lact: give at least one set of options")
+        if self.mixer == "lact" and (bad := [x for x in self.lact if self.dim % x.fw_head_dim]):
+            raise ValueError(
+                f"model.lact fw_head_dim={bad[0].fw_head_dim} does not divide model.dim={self.dim}"
+            )
+
+    @property
+    def layer_specs(self) -> tuple[tuple[str, LaCTConfig | None], ...]:
+        """(mixer name, its options) of every layer."""
+        every = self.attn_every_n_layers
+
+        def spec(i):
+            if self.mixer == "full" or (every and (i + 1) % every == 0):
+                return "full", None
+            return self.mixer, self.lact[i % len(self.lact)]
+
+        return tuple(spec(i) for i in range(self.num_layers))
+
+    @property
+    def period(self) -> int:
+        """Smallest p that divides num_layers such that layers repeat every p."""
+        specs = self.layer_specs
+        repeats = (
+            p
+            for p in range(1, self.num_layers + 1)
+            if self.num_layers % p == 0 and specs == specs[:p] * (self.num_layers // p)
+        )
+        return next(repeats)
+
+
+class CrossAttention(nnx.Module):
+    """Attention from video tokens to text tokens. No mask: padding is attended to."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        dim, dtype = config.dim, config.dtype
+        self.num_heads = config.num_heads
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, linear(dim, dim, dtype=dtype, rngs=rngs))
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def _heads(self, x):
+        return rearrange(x, "b s (n k) -> b s n k", n=self.num_heads)
+
+    def text_kv(self, text_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the text, (B, L, N, K) each: computed once a clip."""
+        return self._heads(self.norm_k(self.k(text_BLD))), self._heads(self.v(text_BLD))
+
+    def __call__(self, x_BSD: jax.Array, text_kv: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BSNK = self._heads(self.norm_q(self.q(x_BSD)))
+        return self.o(rearrange(attend(q_BSNK, *text_kv), "b s n k -> b s (n k)"))
+
+
+class Block(nnx.Module):
+    """One transformer block; residual stream and modulation in float32 (REFERENCE.md 2)."""
+
+    def __init__(self, config: DiTConfig, spec, *, rngs: nnx.Rngs):
+        dim, dtype = config.dim, config.dtype
+        mixer_name, options = spec
+        self.eps, self.dtype = config.eps, dtype
+        noise = jax.random.normal(rngs.params(), (6, dim), jnp.float32)
+        self.modulation = nnx.Param(noise / jnp.float32(dim) ** 0.5)
+        self.self_attn = MIXERS[mixer_name](config, options, rngs=rngs)
+        self.norm3 = AffineLayerNorm(dim, config.eps)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.ffn = MLP(dim, config.ffn_dim, dim, gelu_tanh, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BCSD: jax.Array, e0_BC6D: jax.Array, text_kv, mix):
+        """Runs the block.
+
+        Args:
+          x_BCSD: float32 residual stream.
+          e0_BC6D: float32 time modulation of every chunk.
+          text_kv: this layer's text keys and values.
+          mix: calls the mixer: (mixer, normalised (B, C, S, D)) -> (y, anything).
+
+        Returns:
+          The new stream and what `mix` returned beside y.
+        """
+        e = (e0_BC6D + self.modulation[...])[:, :, :, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, i] for i in range(6))
+        chunks = x_BCSD.shape[1]
+        y = (layer_norm(x_BCSD, self.eps) * (1 + scale1) + shift1).astype(self.dtype)
+        y, aux = mix(self.self_attn, y)
+        x_BCSD = x_BCSD + gate1 * y
+        y = rearrange(self.norm3(x_BCSD).astype(self.dtype), "b c s d -> b (c s) d")
+        y = self.cross_attn(y, text_kv)
+        x_BCSD = x_BCSD + rearrange(y, "b (c s) d -> b c s d", c=chunks).astype(jnp.float32)
+        y = (layer_norm(x_BCSD, self.eps) * (1 + scale2) + shift2).astype(self.dtype)
+        return x_BCSD + gate2 * self.ffn(y), aux
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to patches."""
+
+    def __init__(self, config: DiTConfig, patch_width: int, *, rngs: nnx.Rngs):
+        noise = jax.random.normal(rngs.params(), (2, config.dim), jnp.float32)
+        self.modulation = nnx.Param(noise / jnp.float32(config.dim) ** 0.5)
+        zeros = nnx.initializers.zeros_init()
+        self.head = linear(
+            config.dim, patch_width, dtype=config.dtype, rngs=rngs, kernel_init=zeros
+        )
+        self.eps, self.dtype = config.eps, config.dtype
+
+    def __call__(self, x_BCSD: jax.Array, e_BCD: jax.Array) -> jax.Array:
+        shift, scale = (e_BCD + self.modulation[...][i] for i in range(2))
+        y = layer_norm(x_BCSD, self.eps) * (1 + scale[:, :, None]) + shift[:, :, None]
+        return self.head(y.astype(self.dtype)).astype(jnp.float32)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("layers", "num_committed"), meta_fields=()
+)
+@dataclass(frozen=True)
+class Cache:
+    """What sampling remembers: a stack of layer caches for each period entry, and the position.
+
+    num_committed: int32 scalar, chunks committed so far. It places the next chunk in time.
+    """
+
+    layers: tuple
+    num_committed: jax.Array
+
+
+class DiT(nnx.Module):
+    """The model: `sequence` for training, `init_cache`, `denoise` and `commit` for sampling."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        dim, period = config.dim, config.period
+        self.config = config
+        patch_width = config.latent_channels
+        for size in config.patch_size:
+            patch_width *= size
+        f32, dtype = jnp.float32, config.dtype
+        normal = nnx.initializers.normal(0.02)
+        silu = jax.nn.silu
+        self.patch_embedding = linear(patch_width, dim, dtype=dtype, rngs=rngs)
+        self.text_embedding = MLP(
+            config.text_dim, dim, dim, gelu_tanh, dtype=dtype, rngs=rngs, kernel_init=normal
+        )
+        self.time_embedding = MLP(
+            config.freq_dim, dim, dim, silu, dtype=f32, rngs=rngs, kernel_init=normal
+        )
+        self.time_projection = linear(dim, 6 * dim, dtype=f32, rngs=rngs)
+        stack = config.num_layers // period
+
+        def blocks(spec):
+            keys = jax.random.split(rngs.params(), stack)
+            return jax.vmap(lambda key: Block(config, spec, rngs=nnx.Rngs(key)))(keys)
+
+        specs = config.layer_specs[:period]
+        self.blocks = nnx.Dict({str(i): blocks(spec) for i, spec in enumerate(specs)})
+        self.head = Head(config, patch_width, rngs=rngs)
+
+    # Pieces that training and sampling share.
+
+    def _stacks(self):
+        return tuple(nnx.split(self.blocks[str(i)]) for i in range(self.config.period))
+
+    def _scan(self, body, carry, extra):
+        """lax.scan over layers: body(carry, blocks of one period, extra of one period)."""
+        graphs, states = zip(*self._stacks(), strict=True)
+
+        def step(carry, inputs):
+            states, extra = inputs
+            merged = tuple(nnx.merge(g, s) for g, s in zip(graphs, states, strict=True))
+            return body(carry, merged, extra)
+
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        return jax.lax.scan(step, carry, (states, extra))
+
+    def _time(self, timestep_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """e (B, C, D) and e0 (B, C, 6, D), float32."""
+        e = self.time_embedding(layers.timestep_embedding(timestep_BC, self.config.freq_dim))
+        e0 = self.time_projection(jax.nn.silu(e))
+        return e, rearrange(e0, "b c (six d) -> b c six d", six=6)
+
+    def _angles(self, frame_CF: jax.Array, latent_hw: tuple[int, int]) -> jax.Array:
+        frames, height, width = self.config.patch_size
+        head_dim = self.config.dim // self.config.num_heads
+        grid = latent_hw[0] // height, latent_hw[1] // width
+        return rope_angles(frame_CF[:, ::frames] // frames, *grid, head_dim)
+
+    def _run(self, x_BCFhwc, timestep_BC, text_kv, extra, mix):
+        """Embeds, runs the blocks and projects back. `mix(mixer, y, extra_of_layer)`."""
+        frames, height, width = x_BCFhwc.shape[2:5]
+        tokens = layers.patchify(x_BCFhwc, self.config.patch_size)
+        x_BCSD = self.patch_embedding(tokens).astype(jnp.float32)
+        e, e0 = self._time(timestep_BC)
+
+        def body(x, blocks, extra):
+            aux = []
+            for block, kv, item in zip(blocks, *extra, strict=True):
+                x, out = block(x, e0, kv, lambda mixer, y, item=item: mix(mixer, y, item))
+                aux.append(out)
+            return x, tuple(aux)
+
+        x_BCSD, aux = self._scan(body, x_BCSD, (text_kv, extra))
+        out = self.head(x_BCSD, e)
+        return layers.unpatchify(out, self.config.patch_size, frames, height, width), aux
+
+    def text_kv(self, text_BLQ: jax.Array) -> tuple:
+        """Text keys and values of every layer, for `denoise` and `commit`.
+
+        Args:
+          text_BLQ: text embeddings (B, up to text_len, text_dim); padded here with zeros.
+
+        Returns:
+          For each period entry a pair of (n, B, L, N, K).
+        """
+        missing = self.config.text_len - text_BLQ.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"text has {text_BLQ.shape[1]} tokens, the model takes {self.config.text_len}"
+            )
+        text_BLQ = jnp.pad(text_BLQ, ((0, 0), (0, missing), (0, 0)))
+        text_BLD = self.text_embedding(text_BLQ.astype(self.config.dtype))
+
+        def body(carry, blocks, extra):
+            del extra
+            return carry, tuple(block.cross_attn.text_kv(text_BLD) for block in blocks)
+
+        return self._scan(body, None, None)[1]
+
+    # Training.
+
+    def sequence(
+        self,
+        x_BCFhwc: jax.Array,
+        timestep_BC: jax.Array,
+        text_BLQ: jax.Array,
+        frame_CF: jax.Array,
+        layout: SequenceLayout,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Predicts the velocity of every chunk of a teacher-forcing sequence.
+
+        Args:
+          x_BCFhwc: latents of the chunks, in the order of `SequenceLayout`.
+          timestep_BC: in [0, 1000], one for each chunk.
+          text_BLQ: text embeddings (B, up to text_len, text_dim).
+          frame_CF: latent frame index of every frame (`frame_positions`).
+          layout: the sequence's layout.
+
+        Returns:
+          The velocity, shaped like x, float32, and statistics: name -> (num_layers,) float32,
+          NaN where a layer's mixer does not have the statistic.
+        """
+        angle_CSP = self._angles(frame_CF, x_BCFhwc.shape[3:5])
+
+        def mix(mixer, y, _):
+            return mixer.sequence(y, angle_CSP, layout)
+
+        nothing = (None,) * self.config.period
+        out, stats = self._run(x_BCFhwc, timestep_BC, self.text_kv(text_BLQ), nothing, mix)
+        return out, _by_layer(stats, self.config)
+
+    # Sampling.
+
+    def init_cache(self, batch: int) -> Cache:
+        """The cache before the first chunk."""
+
+        def body(carry, blocks, extra):
+            del extra
+            return carry, tuple(block.self_attn.init_cache(batch) for block in blocks)
+
+        return Cache(self._scan(body, None, None)[1], jnp.zeros((), jnp.int32))
+
+    def _next_angles(self, x_BFhwc, cache):
+        frames = x_BFhwc.shape[1]
+        frame_F = cache.num_committed * frames + jnp.arange(frames, dtype=jnp.int32)
+        return self._angles(frame_F[None], x_BFhwc.shape[2:4])[0]
+
+    def denoise(
+        self, x_BFhwc: jax.Array, timestep_B: jax.Array, text_kv: tuple, cache: Cache
+    ) -> jax.Array:
+        """Velocity of a noisy chunk that follows the committed ones, shaped like x."""
+        angle_SP = self._next_angles(x_BFhwc, cache)
+
+        def mix(mixer, y_BCSD, layer_cache):
+            return mixer.denoise(y_BCSD[:, 0], angle_SP, layer_cache)[:, None], None
+
+        out, _ = self._run(x_BFhwc[:, None], timestep_B[:, None], text_kv, cache.layers, mix)
+        return out[:, 0]
+
+    def commit(self, x_BFhwc: jax.Array, text_kv: tuple, cache: Cache) -> Cache:
+        """Runs a finished chunk at t = 0 and takes it into the cache."""
+        angle_SP = self._next_angles(x_BFhwc, cache)
+        zero_BC = jnp.zeros((x_BFhwc.shape[0], 1), jnp.float32)
+
+        def mix(mixer, y_BCSD, layer_cache):
+            y_BSD, layer_cache = mixer.commit(y_BCSD[:, 0], angle_SP, layer_cache)
+            return y_BSD[:, None], layer_cache
+
+        _, layer_caches = self._run(x_BFhwc[:, None], zero_BC, text_kv, cache.layers, mix)
+        return replace(cache, layers=layer_caches, num_committed=cache.num_committed + 1)
+
+
+def _by_layer(stats: tuple[dict, ...], config: DiTConfig) -> dict[str, jax.Array]:
+    """Statistics of the stacks, (n,) each, as (num_layers,) in layer order."""
+    names = sorted({name for stack in stats for name in stack})
+    nothing = jnp.full((config.num_layers // config.period,), jnp.nan, jnp.float32)
+    return {
+        name: jnp.stack([stack.get(name, nothing) for stack in stats], axis=1).reshape(-1)
+        for name in names
+    }
+
+
+# Parameters as plain nested dicts of arrays, and back.
+
+
+def init_params(config: DiTConfig, key: jax.Array) -> dict:
+    """Fresh parameters: a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(DiT(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+@lru_cache
+def _graph(config: DiTConfig):
+    abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract)
+
+
+def abstract_params(config: DiTConfig) -> dict:
+    """Shapes and dtypes of the parameters, without computing them."""
+    return nnx.to_pure_dict(_graph(config)[1])
+
+
+def bind(config: DiTConfig, params: dict) -> DiT:
+    """The model with these parameters."""
+    graphdef, state = _graph(config)
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)

@@ -1,0 +1,300 @@
+"""The LaCT layer: window attention inside and next to a chunk, fast weights for all that is older.
+
+Letters: B batch, C chunks of the sequence, S tokens of a chunk, T key tokens, D width,
+N attention heads, K head width, P = K / 2, M fast-weight heads, E fast-weight head width (ME = D),
+H fast-weight hidden width, R noise repeats, W chunks of the video.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from lact_jax.models.layers import RMSNorm, linear, project_float32
+from lact_jax.models.mixer import QKVO, attend_chunks
+from lact_jax.ops import fast_weights as fw
+from lact_jax.ops.attention import attend
+from lact_jax.ops.rope import apply_rope
+from lact_jax.ops.sequence import SequenceLayout
+
+L2_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class LaCTConfig:
+    """Options of a LaCT layer (REFERENCE.md 4).
+
+    Attributes:
+      fw_head_dim: E, a divisor of the model width.
+      inter_multi: H / E.
+      qk_l2_norm: divide fast q and k by their L2 norm over E.
+      qkv_silu: SiLU on fast q, k and v.
+      l2_norm_after_silu: norm after SiLU instead of before it.
+      o_norm: RMSNorm over E on the fast output.
+      w_init: 'normal' (N(0, 1/fan_in)) or 'identity'.
+      momentum, muon, muon_iters, weight_norm: the update rule.
+      learnable_ttt_scale: gate the fast output by silu(Linear(x)), starting at 0; else `ttt_scale`.
+      ttt_scale: the constant factor of the fast output.
+      kv_cache_size: tokens of the clean chunk before that a noise copy sees; None for all.
+      base_lr: learning rate of a token at initialisation.
+    """
+
+    fw_head_dim: int = 768
+    inter_multi: float = 2
+    qk_l2_norm: bool = True
+    qkv_silu: bool = False
+    l2_norm_after_silu: bool = False
+    o_norm: bool = True
+    w_init: str = "normal"
+    momentum: bool = False
+    muon: bool = False
+    muon_iters: int = 5
+    weight_norm: bool = True
+    learnable_ttt_scale: bool = True
+    ttt_scale: float = 1.0
+    kv_cache_size: int | None = None
+    base_lr: float = 0.001
+
+    def __post_init__(self):
+        if self.w_init not in W_INITS:
+            raise ValueError(f"lact.w_init={self.w_init!r}: choose one of {sorted(W_INITS)}")
+        if self.kv_cache_size is not None and self.kv_cache_size < 0:
+            raise ValueError(f"lact.kv_cache_size={self.kv_cache_size}: must be at least 0 or None")
+        if self.base_lr <= 0:
+            raise ValueError(f"lact.base_lr={self.base_lr}: must be positive")
+
+    @property
+    def rule(self) -> fw.UpdateRule:
+        return fw.UpdateRule(self.momentum, self.muon, self.muon_iters, self.weight_norm)
+
+
+def _normal_init(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])
+
+
+def _identity_init(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    del key
+    return jnp.broadcast_to(jnp.eye(*shape[1:], dtype=jnp.float32), shape)
+
+
+W_INITS = {"normal": _normal_init, "identity": _identity_init}
+
+
+class LaCTCache(NamedTuple):
+    """Memory of the committed chunks: fast weights, and k, v (B, T, N, K) of the last chunk."""
+
+    fast: fw.State
+    k_BTNK: jax.Array
+    v_BTNK: jax.Array
+
+
+class LaCT(QKVO):
+    """Takes the place of self-attention; at initialisation it is exactly window attention."""
+
+    def __init__(self, config, options: LaCTConfig, *, rngs: nnx.Rngs):
+        dim, dtype, head_dim = config.dim, config.dtype, options.fw_head_dim
+        if dim % head_dim:
+            raise ValueError(f"lact.fw_head_dim={head_dim} does not divide the width dim={dim}")
+        super().__init__(dim, config.num_heads, config.eps, dtype=dtype, rngs=rngs)
+        self.config = options
+        heads, hidden = dim // head_dim, int(options.inter_multi * head_dim)
+        self.num_fw_heads = heads
+        init = W_INITS[options.w_init]
+        self.w0 = nnx.Param(init(rngs.params(), (heads, hidden, head_dim)))
+        self.w1 = nnx.Param(init(rngs.params(), (heads, head_dim, hidden)))
+        self.w2 = nnx.Param(init(rngs.params(), (heads, hidden, head_dim)))
+        self.qk_scale = nnx.Param(jnp.ones((dim, 2), jnp.float32))
+        self.qk_offset = nnx.Param(jnp.zeros((dim, 2), jnp.float32))
+        self.lr_proj = linear(dim, 3 * heads, dtype=dtype, rngs=rngs)
+        if options.momentum:
+            self.momentum_proj = linear(dim, heads, dtype=dtype, rngs=rngs)
+        if options.o_norm:
+            self.output_norm = RMSNorm(head_dim, config.eps)
+        if options.learnable_ttt_scale:
+            zeros = nnx.initializers.zeros_init()
+            self.ttt_scale_proj = linear(dim, 1, dtype=dtype, rngs=rngs, kernel_init=zeros)
+
+    # The fast path: q, k, v of the fast weights, their learning rates, and the output.
+
+    def _initial_weights(self, batch: int) -> fw.FastWeights:
+        weights = fw.from_matrices(self.w0[...], self.w1[...], self.w2[...])
+        return jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), weights)
+
+    def _regroup(self, x: jax.Array) -> jax.Array:
+        """(..., S, N, K) to fast-weight heads (..., M, S, E)."""
+        merged = x.reshape(*x.shape[:-2], self.num_fw_heads, -1)
+        return jnp.swapaxes(merged, -3, -2)
+
+    def _activate(self, x: jax.Array, use_l2: bool) -> jax.Array:
+        """SiLU and L2 norm of fast q, k or v (..., M, S, E), in the configured order."""
+        y = x.astype(jnp.float32)
+        options = self.config
+        if options.qkv_silu and options.l2_norm_after_silu:
+            y = jax.nn.silu(y)
+        if use_l2 and options.qk_l2_norm:
+            y = y / (jnp.linalg.norm(y, axis=-1, keepdims=True) + L2_EPS)
+        if options.qkv_silu and not options.l2_norm_after_silu:
+            y = jax.nn.silu(y)
+        return y.astype(x.dtype)
+
+    def _fast_qk(self, x_CSNK: jax.Array, angle_CSP: jax.Array, column: int) -> jax.Array:
+        """Fast q (column 0) or k (column 1) from q or k before RoPE: (..., C, M, S, E)."""
+        scale = self.qk_scale[...][:, column].reshape(self.num_heads, self.head_dim)
+        offset = self.qk_offset[...][:, column].reshape(self.num_heads, self.head_dim)
+        y = (x_CSNK.astype(jnp.float32) * scale + offset).astype(x_CSNK.dtype)
+        return self._activate(self._regroup(apply_rope(y, angle_CSP)), use_l2=True)
+
+    def _fast_v(self, v_CSNK: jax.Array) -> jax.Array:
+        return self._activate(self._regroup(v_CSNK), use_l2=False)
+
+    def _learning_rates(self, x_SD: jax.Array) -> jax.Array:
+        """Learning rates of every token: (..., M, S, 3) float32, order lr0, lr1, lr2."""
+        bias = math.log(math.expm1(self.config.base_lr))
+        lr = jax.nn.softplus(project_float32(self.lr_proj, x_SD) + bias)
+        return rearrange(lr, "... s (m three) -> ... m s three", three=3)
+
+    def _momentum(self, x_SD: jax.Array) -> jax.Array | None:
+        """Momentum of every chunk and head: (..., M) float32, or None."""
+        if not self.config.momentum:
+            return None
+        return jnp.mean(jax.nn.sigmoid(project_float32(self.momentum_proj, x_SD)), axis=-2)
+
+    def _merge(self, x_SD: jax.Array, o_fast: jax.Array, o_window_SNK: jax.Array) -> jax.Array:
+        """Gated fast output (..., M, S, E) plus window output, projected: (..., S, D)."""
+        if self.config.o_norm:
+            o_fast = self.output_norm(o_fast)
+        o_fast_SD = rearrange(o_fast, "... m s e -> ... s (m e)").astype(jnp.float32)
+        if self.config.learnable_ttt_scale:
+            gate = jax.nn.silu(project_float32(self.ttt_scale_proj, x_SD))
+        else:
+            gate = jnp.float32(self.config.ttt_scale)
+        o_window_SD = rearrange(o_window_SNK, "... n k -> ... (n k)").astype(jnp.float32)
+        return self.o((gate * o_fast_SD + o_window_SD).astype(self.dtype))
+
+    def _window(self, x_TNK: jax.Array) -> jax.Array:
+        """The last `kv_cache_size` tokens of (..., T, N, K)."""
+        size = self.config.kv_cache_size
+        if size is None:
+            return x_TNK
+        return x_TNK[..., max(x_TNK.shape[-3] - size, 0) :, :, :]
+
+    # Teacher-forced training.
+
+    def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
+        """See mixer.py."""
+        q, k, v = self.project(x_BCSD)
+        o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, angle_CSP, layout)
+        q, k = apply_rope(q, angle_CSP), apply_rope(k, angle_CSP)
+        o_window = self._window_sequence(q, k, v, layout)
+        y_BCSD = self._merge(x_BCSD, o_fast, o_window)
+        stats = fast_stats | {
+            "window_x_norm": _mean_norm(rearrange(o_window, "... n k -> ... (n k)")),
+            "y_norm": _mean_norm(y_BCSD),
+        }
+        return y_BCSD, stats
+
+    def _fast_sequence(self, x, q, k, v, angle_CSP, layout):
+        """Fast output of every chunk (B, C, M, S, E), and the statistics of REFERENCE.md 4."""
+        batch, clean, repeat = x.shape[0], layout.clean, layout.num_repeat
+        initial = self._initial_weights(batch)
+        q_fast = self._fast_qk(q, angle_CSP, 0)
+        lr = self._learning_rates(x)
+        by_chunk = _leading_chunk_axis
+        momentum = self._momentum(x[:, clean])
+        chunks = fw.Chunk(
+            by_chunk(self._fast_qk(k[:, clean], angle_CSP[clean], 1)),
+            by_chunk(self._fast_v(v[:, clean])),
+            by_chunk(lr[:, clean]),
+            None if momentum is None else by_chunk(momentum),
+        )
+        q_first = rearrange(q_fast[:, layout.first], "b r m s e -> b m (r s) e")
+        q_later = rearrange(q_fast[:, layout.later], "b (w r) m s e -> w b m (r s) e", r=repeat)
+        o_first = fw.read(initial, q_first)
+        state, (o_clean, o_later) = fw.scan_chunks(
+            initial, chunks, (by_chunk(q_fast[:, clean]), q_later), self.config.rule
+        )
+        o_fast = jnp.concatenate(
+            [
+                rearrange(o_first, "b m (r s) e -> b r m s e", r=repeat),
+                by_chunk(o_clean),
+                rearrange(o_later, "w b m (r s) e -> b (w r) m s e", r=repeat),
+            ],
+            axis=1,
+        )
+        w0, w1, w2 = fw.to_matrices(state.weights)
+        stats = {
+            "fw_lr_norm": _mean_norm(lr),
+            "fw_w0_norm": _mean_norm(w0),
+            "fw_w1_norm": _mean_norm(w1),
+            "fw_w2_norm": _mean_norm(w2),
+            "tttx_norm": _mean_norm(o_fast),
+        }
+        return o_fast, stats
+
+    def _window_sequence(self, q, k, v, layout):
+        """Window output (B, C, S, N, K) of every chunk, in two maskless calls."""
+        alone, later, clean = slice(0, layout.later.start), layout.later, layout.clean
+        o_alone = attend_chunks(q[:, alone], k[:, alone], v[:, alone])
+        if layout.num_clean == 0:
+            return o_alone
+        k_later, v_later = (
+            jnp.concatenate(
+                [
+                    jnp.repeat(self._window(y[:, clean]), layout.num_repeat, axis=1),
+                    y[:, later],
+                ],
+                axis=2,
+            )
+            for y in (k, v)
+        )
+        o_later = attend_chunks(q[:, later], k_later, v_later)
+        return jnp.concatenate([o_alone, o_later], axis=1)
+
+    # Sampling.
+
+    def init_cache(self, batch: int) -> LaCTCache:
+        """Initial fast weights and an empty window."""
+        empty = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
+        fast = fw.initial_state(self._initial_weights(batch), self.config.rule)
+        return LaCTCache(fast, empty, empty)
+
+    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: LaCTCache) -> jax.Array:
+        """See mixer.py."""
+        q, k, v = self.project(x_BSD)
+        q_fast = self._fast_qk(q, angle_SP[None], 0)
+        o_fast = fw.read(cache.fast.weights, q_fast)
+        q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
+        k = jnp.concatenate([cache.k_BTNK, k], axis=1)
+        v = jnp.concatenate([cache.v_BTNK, v], axis=1)
+        return self._merge(x_BSD, o_fast, attend(q, k, v))
+
+    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: LaCTCache):
+        """See mixer.py."""
+        q, k, v = self.project(x_BSD)
+        chunk = fw.Chunk(
+            self._fast_qk(k, angle_SP[None], 1),
+            self._fast_v(v),
+            self._learning_rates(x_BSD),
+            self._momentum(x_BSD),
+        )
+        initial = self._initial_weights(x_BSD.shape[0])
+        fast = fw.update(cache.fast, chunk, initial, self.config.rule)
+        o_fast = fw.read(fast.weights, self._fast_qk(q, angle_SP[None], 0))
+        q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
+        y_BSD = self._merge(x_BSD, o_fast, attend(q, k, v))
+        return y_BSD, LaCTCache(fast, self._window(k), self._window(v))
+
+
+def _leading_chunk_axis(x: jax.Array) -> jax.Array:
+    """Swaps batch and chunk axes: scans run over the leading one."""
+    return jnp.swapaxes(x, 0, 1)
+
+
+def _mean_norm(x: jax.Array) -> jax.Array:
+    """Mean L2 norm over the last axis, without a gradient: a float32 scalar."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return jnp.mean(jnp.linalg.norm(x, axis=-1))

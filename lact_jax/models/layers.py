@@ -1,0 +1,130 @@
+"""Small layers of the Wan DiT: norms, projections, time embedding, patches.
+
+Letters: B batch, C chunks, F latent frames of a chunk, h, w latent height and width, c channels,
+S tokens of a chunk, D width.
+"""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+MAX_TIMESTEP = 1000
+
+
+def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, kernel_init=None) -> nnx.Linear:
+    """A Linear with float32 parameters, a zero bias and matmuls in `dtype`."""
+    kernel_init = kernel_init or nnx.initializers.xavier_uniform()
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return nnx.Linear(
+        d_in, d_out, dtype=dtype, precision=precision, kernel_init=kernel_init, rngs=rngs
+    )
+
+
+def project_float32(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """layer(x), multiplied in x's dtype but accumulated, biased and returned in float32.
+
+    For narrow outputs whose nonlinearity would feel the rounding of a bfloat16 result.
+    """
+    kernel = layer.kernel[...].astype(x.dtype)
+    y = jnp.matmul(
+        x, kernel, precision=layer.precision, preferred_element_type=jnp.float32
+    )
+    return y + layer.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, reduced in float32, returned in x's dtype."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * rms * self.scale[...]).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm over the last axis without an affine part, in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+class AffineLayerNorm(nnx.Module):
+    """LayerNorm with scale and bias, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
+
+
+class MLP(nnx.Module):
+    """Linear - activation - Linear."""
+
+    def __init__(self, d_in, d_hidden, d_out, activation, *, dtype, rngs, kernel_init=None):
+        self.fc1 = linear(d_in, d_hidden, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
+        self.fc2 = linear(d_hidden, d_out, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@lru_cache
+def _whole_timestep_table(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    half = width // 2
+    frequency = 10000.0 ** (-np.arange(half, dtype=np.float64) / half)
+    angle = np.arange(MAX_TIMESTEP + 1, dtype=np.float64)[:, None] * frequency
+    return tuple(x.astype(np.float32) for x in (frequency, np.cos(angle), np.sin(angle)))
+
+
+def timestep_embedding(timestep: jax.Array, width: int) -> jax.Array:
+    """[cos | sin] of t * 10000^(-i / (width/2)), t in [0, 1000]: (..., width) float32.
+
+    Float32 angles near 1000 would lose three digits. So the angle of the whole part of t comes
+    from a table made in float64, and the small angle of its fraction is added by the angle sum.
+    """
+    frequency, cos_table, sin_table = map(jnp.asarray, _whole_timestep_table(width))
+    timestep = timestep.astype(jnp.float32)
+    whole = jnp.floor(timestep)
+    index = jnp.clip(whole.astype(jnp.int32), 0, MAX_TIMESTEP)
+    small = (timestep - whole)[..., None] * frequency
+    cos_a, sin_a, cos_b, sin_b = cos_table[index], sin_table[index], jnp.cos(small), jnp.sin(small)
+    return jnp.concatenate([cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b], axis=-1)
+
+
+def patchify(x_BCFhwc: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """Latent chunks to tokens: (B, C, S, pt*ph*pw*c), channels fastest."""
+    return rearrange(
+        x_BCFhwc,
+        "b n (f pt) (h ph) (w pw) c -> b n (f h w) (pt ph pw c)",
+        pt=patch[0], ph=patch[1], pw=patch[2],
+    )  # fmt: skip
+
+
+def unpatchify(
+    x_BCSP: jax.Array, patch: tuple[int, int, int], frames: int, height: int, width: int
+) -> jax.Array:
+    """Tokens back to latent chunks of `frames` x `height` x `width`: (B, C, F, h, w, c)."""
+    return rearrange(
+        x_BCSP,
+        "b n (f h w) (pt ph pw c) -> b n (f pt) (h ph) (w pw) c",
+        pt=patch[0], ph=patch[1], pw=patch[2],
+        f=frames // patch[0], h=height // patch[1], w=width // patch[2],
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""What every sequence mixer (the self-attention of a block) shares: projections and the contract.
+
+A mixer is an nnx.Module with four methods. Activations are (B, C, S, D): batch, chunks, tokens of
+a chunk, width. `angle_CSP` are RoPE angles.
+
+    sequence(x_BCSD, angle_CSP, layout) -> (y_BCSD, stats)     teacher-forced training sequence
+    init_cache(batch) -> cache                                 nothing committed yet
+    denoise(x_BSD, angle_SP, cache) -> y_BSD                   a noisy chunk reads the cache
+    commit(x_BSD, angle_SP, cache) -> (y_BSD, cache)           a clean chunk joins it
+
+`denoise` after committing chunks 0..i-1 equals what `sequence` gives the noise copies of chunk i.
+`stats` is a dict of float32 scalars, named as in REFERENCE.md 4.
+"""
+
+import jax
+from einops import rearrange
+from flax import nnx
+
+from lact_jax.models.layers import RMSNorm, linear
+from lact_jax.ops.attention import attend
+
+
+class QKVO(nnx.Module):
+    """Projections of Wan's self-attention: q and k with an RMSNorm over the whole width."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, *, dtype, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.dtype = dtype
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, linear(dim, dim, dtype=dtype, rngs=rngs))
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k, v of (..., S, D) as heads (..., S, N, K), before RoPE."""
+        qkv = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        return tuple(rearrange(y, "... (n k) -> ... n k", n=self.num_heads) for y in qkv)
+
+
+def attend_chunks(q_BCSNK: jax.Array, k_BCTNK: jax.Array, v_BCTNK: jax.Array) -> jax.Array:
+    """Attention inside every chunk: queries of a chunk see that chunk's keys only."""
+    batch, chunks = q_BCSNK.shape[:2]
+    flat = (x.reshape(batch * chunks, *x.shape[2:]) for x in (q_BCSNK, k_BCTNK, v_BCTNK))
+    return attend(*flat).reshape(q_BCSNK.shape)

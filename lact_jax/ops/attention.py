@@ -1,0 +1,28 @@
+"""Dense softmax attention without masks, and the one place that chooses its backend.
+
+Letters: B batch, S query tokens, T key tokens, N heads, K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+CUDNN_MAX_HEAD_DIM = 256
+
+
+def choose_backend(platform: str, dtype, head_dim: int) -> str:
+    """'cudnn' where cuDNN's fused kernel takes the call, else 'xla'.
+
+    cuDNN takes only 16-bit types and head widths that are multiples of 8 up to 256, and raises
+    rather than falls back.
+    """
+    fits = dtype in CUDNN_DTYPES and head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
+    return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
+
+
+def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
+    backend = choose_backend(jax.default_backend(), q_BSNK.dtype, q_BSNK.shape[-1])
+    o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
+    return checkpoint_name(o_BSNK, "attention")

@@ -1,0 +1,192 @@
+"""The LaCT fast weights: a SwiGLU MLP per head that is updated once per chunk and read by queries.
+
+Letters: B batch, C clean chunks, M fast-weight heads, S tokens of a chunk, T query tokens,
+E head width, H hidden width, X, Y any width. Everything here is a pure function.
+
+    f(x) = w1 (silu(w0 x) * (w2 x)),   loss = -<f(k), v>               (REFERENCE.md 4)
+
+Weights live in float32; a copy in the inputs' dtype feeds each matmul, which accumulates in
+float32. w0 and w2 are kept as one (2H, E) matrix so that each token needs one matmul less.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NORM_EPS = 1e-5
+MUON_EPS = 1e-7
+
+
+class FastWeights(NamedTuple):
+    """Float32 weights: `w02_BMGE` (B, M, 2H, E) holds w0 above w2, `w1_BMEH` is (B, M, E, H)."""
+
+    w02_BMGE: jax.Array
+    w1_BMEH: jax.Array
+
+
+class Chunk(NamedTuple):
+    """What one clean chunk writes: k, v (B, M, S, E), lr (B, M, S, 3), momentum (B, M) or None."""
+
+    k_BMSE: jax.Array
+    v_BMSE: jax.Array
+    lr_BMS3: jax.Array
+    momentum_BM: jax.Array | None = None
+
+
+class State(NamedTuple):
+    """The memory between chunks: the weights, and the last raw update where momentum is on."""
+
+    weights: FastWeights
+    last_update: FastWeights | None
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How a chunk's gradient changes the weights (REFERENCE.md 4, step 4)."""
+
+    momentum: bool = False
+    muon: bool = False
+    muon_iters: int = 5
+    weight_norm: bool = True
+
+
+def from_matrices(w0_BMHE: jax.Array, w1_BMEH: jax.Array, w2_BMHE: jax.Array) -> FastWeights:
+    """Joins the three matrices of REFERENCE.md 4 into float32 `FastWeights`."""
+    w02_BMGE = jnp.concatenate([w0_BMHE, w2_BMHE], axis=-2)
+    return FastWeights(w02_BMGE.astype(jnp.float32), w1_BMEH.astype(jnp.float32))
+
+
+def to_matrices(weights: FastWeights) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The inverse of `from_matrices`: (w0, w1, w2)."""
+    w0_BMHE, w2_BMHE = jnp.split(weights.w02_BMGE, 2, axis=-2)
+    return w0_BMHE, weights.w1_BMEH, w2_BMHE
+
+
+def initial_state(weights: FastWeights, rule: UpdateRule) -> State:
+    """The state at the start of a sequence."""
+    return State(weights, jax.tree.map(jnp.zeros_like, weights) if rule.momentum else None)
+
+
+@jax.custom_vjp
+def _sum_of_outer(a_BMSX: jax.Array, b_BMSY: jax.Array) -> jax.Array:
+    return jnp.einsum("bmsx,bmsy->bmxy", a_BMSX, b_BMSY, preferred_element_type=jnp.float32)
+
+
+def _sum_of_outer_fwd(a_BMSX, b_BMSY):
+    return _sum_of_outer(a_BMSX, b_BMSY), (a_BMSX, b_BMSY)
+
+
+def _sum_of_outer_bwd(residuals, grad_BMXY):
+    # The cotangent arrives in float32; unless it is cast, both matmuls below run in float32.
+    a_BMSX, b_BMSY = residuals
+    grad_BMXY = grad_BMXY.astype(a_BMSX.dtype)
+    da_BMSX = jnp.einsum("bmxy,bmsy->bmsx", grad_BMXY, b_BMSY)
+    db_BMSY = jnp.einsum("bmxy,bmsx->bmsy", grad_BMXY, a_BMSX)
+    return da_BMSX, db_BMSY
+
+
+_sum_of_outer.defvjp(_sum_of_outer_fwd, _sum_of_outer_bwd)
+
+
+def _hidden(w02_BMGE: jax.Array, x_BMSE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(w0 x, w2 x), upcast to float32 for the nonlinearity."""
+    gu_BMSG = jnp.einsum("bmse,bmge->bmsg", x_BMSE, w02_BMGE.astype(x_BMSE.dtype))
+    g_BMSH, u_BMSH = jnp.split(gu_BMSG, 2, axis=-1)
+    return g_BMSH.astype(jnp.float32), u_BMSH.astype(jnp.float32)
+
+
+def read(weights: FastWeights, q_BMTE: jax.Array) -> jax.Array:
+    """f(q) for every query: (B, M, T, E), in q's dtype."""
+    g_BMTH, u_BMTH = _hidden(weights.w02_BMGE, q_BMTE)
+    h_BMTH = (jax.nn.silu(g_BMTH) * u_BMTH).astype(q_BMTE.dtype)
+    return jnp.einsum("bmth,bmeh->bmte", h_BMTH, weights.w1_BMEH.astype(q_BMTE.dtype))
+
+
+def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
+    """-grad of the loss -<f(k), v>, each token weighted by its learning rates (float32).
+
+    Learning rates multiply the narrow side (k, v), which has E instead of H columns.
+    """
+    k_BMSE, v_BMSE = chunk.k_BMSE, chunk.v_BMSE
+    dtype = k_BMSE.dtype
+    lr0_BMS1, lr1_BMS1, lr2_BMS1 = jnp.split(chunk.lr_BMS3.astype(jnp.float32), 3, axis=-1)
+    g_BMSH, u_BMSH = _hidden(weights.w02_BMGE, k_BMSE)
+    dh_BMSH = jnp.einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
+    dh_BMSH = dh_BMSH.astype(jnp.float32)
+    sigmoid_BMSH = jax.nn.sigmoid(g_BMSH)
+    silu_BMSH = g_BMSH * sigmoid_BMSH
+    dsilu_BMSH = sigmoid_BMSH * (1 + g_BMSH * (1 - sigmoid_BMSH))
+    h_BMSH = (silu_BMSH * u_BMSH).astype(dtype)
+    dg_BMSH = (dh_BMSH * u_BMSH * dsilu_BMSH).astype(dtype)
+    du_BMSH = (dh_BMSH * silu_BMSH).astype(dtype)
+    dw0_BMHE = _sum_of_outer(dg_BMSH, (lr0_BMS1 * k_BMSE).astype(dtype))
+    dw1_BMEH = _sum_of_outer((lr1_BMS1 * v_BMSE).astype(dtype), h_BMSH)
+    dw2_BMHE = _sum_of_outer(du_BMSH, (lr2_BMS1 * k_BMSE).astype(dtype))
+    return FastWeights(jnp.concatenate([dw0_BMHE, dw2_BMHE], axis=-2), dw1_BMEH)
+
+
+def muon(x_BMXY: jax.Array, iters: int) -> jax.Array:
+    """Newton-Schulz orthogonalisation of each matrix, in float32 (Muon, Jordan et al. 2024)."""
+    a, b, c = MUON_COEFFICIENTS
+    x_BMXY = x_BMXY.astype(jnp.float32)
+    norm_BM11 = jnp.linalg.norm(x_BMXY, axis=(-2, -1), keepdims=True)
+    x_BMXY = x_BMXY / (norm_BM11 + MUON_EPS)
+    tall = x_BMXY.shape[-2] > x_BMXY.shape[-1]
+    x = x_BMXY.mT if tall else x_BMXY
+    for _ in range(iters):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _row_norm(w_BMXY: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(w_BMXY, axis=-1, keepdims=True)
+
+
+def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -> State:
+    """One gradient step on a finished chunk.
+
+    `initial` holds the weights at the start of the sequence, whose row norms weight norm keeps.
+    """
+    step = gradient(state.weights, chunk)
+    last_update = None
+    if rule.momentum:
+        m_BM11 = chunk.momentum_BM.astype(jnp.float32)[..., None, None]
+        step = jax.tree.map(lambda new, old: new + m_BM11 * old, step, state.last_update)
+        last_update = step
+    if rule.muon:
+        dw0_BMHE, dw1_BMEH, dw2_BMHE = (muon(x, rule.muon_iters) for x in to_matrices(step))
+        step = from_matrices(dw0_BMHE, dw1_BMEH, dw2_BMHE)
+    weights = jax.tree.map(jnp.add, state.weights, step)
+    if rule.weight_norm:
+        weights = jax.tree.map(
+            lambda w, w_init: w / (_row_norm(w) + NORM_EPS) * _row_norm(w_init), weights, initial
+        )
+    return State(weights, last_update)
+
+
+def scan_chunks(
+    initial: FastWeights, chunks_C: Chunk, queries_C: tuple[jax.Array, ...], rule: UpdateRule
+) -> tuple[State, tuple[jax.Array, ...]]:
+    """Updates with every clean chunk in turn and reads after each update.
+
+    Args:
+      initial: weights at the start of the sequence.
+      chunks_C: the clean chunks, each array with a leading chunk axis C.
+      queries_C: streams of queries (C, B, M, T, E); chunk c of each reads the weights that clean
+        chunk c has just updated. Streams stay apart because joining and slicing them costs copies.
+      rule: the update rule.
+
+    Returns:
+      The final state and one output (C, B, M, T, E) for each stream.
+    """
+
+    def body(state, inputs):
+        chunk, queries = inputs
+        state = update(state, chunk, initial, rule)
+        return state, tuple(read(state.weights, q_BMTE) for q_BMTE in queries)
+
+    return jax.lax.scan(body, initial_state(initial, rule), (chunks_C, queries_C))
