@@ -87,8 +87,13 @@ def split_chunks(latent_BFhwc: jax.Array, frames_per_chunk: int) -> jax.Array:
     return rearrange(latent_BFhwc, "b (w f) ... -> b w f ...", f=frames_per_chunk)
 
 
-def draw(key: jax.Array, chunks: jax.Array, config: ObjectiveConfig) -> Draws:
-    """Draws for every sample from its own key, so a sample does not depend on its batch."""
+def draw(
+    key: jax.Array, chunks: jax.Array, config: ObjectiveConfig, first_sample: jax.Array | int = 0
+) -> Draws:
+    """Draws for every sample from its own key, so a sample does not depend on its batch.
+
+    `first_sample` is the place of this microbatch's first sample in the whole batch.
+    """
     repeats = config.num_repeat
 
     def one(index, x_Wfhwc):
@@ -98,7 +103,7 @@ def draw(key: jax.Array, chunks: jax.Array, config: ObjectiveConfig) -> Draws:
         u_RW = sampler(time_key, (repeats, x_Wfhwc.shape[0]))
         return Draws(noise, u_RW, jax.random.bernoulli(text_key, config.drop_text_prob))
 
-    return jax.vmap(one)(jnp.arange(chunks.shape[0]), chunks)
+    return jax.vmap(one)(first_sample + jnp.arange(chunks.shape[0]), chunks)
 
 
 def build_sequence(chunks: jax.Array, draws: Draws, shift: float, layout: SequenceLayout):
@@ -135,6 +140,7 @@ def compute_loss(
     empty_text_LQ: jax.Array,
     key: jax.Array,
     config: ObjectiveConfig,
+    first_sample: jax.Array | int = 0,
 ) -> tuple[Loss, dict[str, jax.Array]]:
     """Loss of a batch, and the model's statistics by layer.
 
@@ -144,10 +150,11 @@ def compute_loss(
       text_BLQ: text embeddings; empty_text_LQ: those of "", which replace dropped captions.
       key: random key of this step.
       config: the objective.
+      first_sample: place of the first sample in the whole batch (see `draw`).
     """
     chunks = split_chunks(latent_BFhwc.astype(jnp.float32), config.frames_per_chunk)
     layout = SequenceLayout(chunks.shape[1], config.num_repeat)
-    draws = draw(key, chunks, config)
+    draws = draw(key, chunks, config, first_sample)
     text_BLQ = jnp.where(draws.drop_text_B[:, None, None], empty_text_LQ, text_BLQ)
     shift = config.shift(chunks.shape[3:5], model.config.patch_size)
     x, timestep_BC = build_sequence(chunks, draws, shift, layout)

@@ -44,7 +44,7 @@ class LaCTConfig:
     """
 
     fw_head_dim: int = 768
-    inter_multi: float = 2
+    inter_multi: float = 2.0
     qk_l2_norm: bool = True
     qkv_silu: bool = False
     l2_norm_after_silu: bool = False

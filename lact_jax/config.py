@@ -1,0 +1,242 @@
+"""The whole configuration of a run, as frozen dataclasses, and its form as a ConfigDict.
+
+Config files build a ConfigDict with `default()`, change it, and return it; scripts take overrides
+(`--config.train.lr=1e-5`) and call `parse`, after which no ConfigDict is seen any more.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from lact_jax.diffusion.sampler import SamplerConfig
+from lact_jax.models.dit import DiTConfig
+from lact_jax.models.lact import LaCTConfig
+from lact_jax.objective import ObjectiveConfig
+from lact_jax.optim import TRAINABLE, OptimConfig
+from lact_jax.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The video codec between frames and latents: a name in encoders.CODECS and its options."""
+
+    name: str = "wan"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The caption encoder: a name in encoders.TEXT_ENCODERS and its options."""
+
+    name: str = "umt5"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training videos.
+
+    Attributes:
+      name: a dataset in data.DATASETS.
+      path: its folder; '' puts the embedded data beside the runs.
+      options: options of that dataset alone (the generator's clip counts, for example).
+      num_frames, height, width, fps: every clip is resampled and cropped to these.
+      batch_size: clips of an optimiser step, over all devices and accumulation steps.
+      num_threads: decoding threads.
+      cache_in_memory: keep decoded clips in memory; for data sets that fit.
+    """
+
+    name: str = "video_folder"
+    path: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    batch_size: int = 1
+    num_threads: int = 4
+    cache_in_memory: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimConfig):
+    """The optimiser's options (see OptimConfig) and the run around it.
+
+    Attributes:
+      steps: optimiser steps of the whole run.
+      accumulation: microbatches a step; divides data.batch_size.
+      trainable: 'all', or 'attn_only' for the self-attention (LaCT) modules alone.
+      ema_decay: decay of the moving average of the trained parameters.
+      save_every: steps between checkpoints.
+      keep_last: checkpoints of this many last steps are kept.
+      log_every: steps between writes of the metrics (each step has its own line).
+      plot_every: steps between redraws of the loss curve.
+    """
+
+    steps: int = 10_000
+    accumulation: int = 1
+    trainable: str = "attn_only"
+    ema_decay: float = 0.995
+    save_every: int = 1000
+    keep_last: int = 2000
+    log_every: int = 10
+    plot_every: int = 200
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.trainable not in TRAINABLE:
+            raise ValueError(
+                f"train.trainable={self.trainable!r}: choose one of {sorted(TRAINABLE)}"
+            )
+        for name in ("steps", "accumulation", "save_every", "keep_last", "log_every", "plot_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What sample.py makes when it is not told otherwise.
+
+    Attributes:
+      sampler: solver, steps, shift and guidance.
+      num_latent_frames: length of the clips; whole chunks.
+      batch_size: prompts sampled together.
+      negative_prompt: caption of the guidance's other branch.
+      weights: 'ema' or 'params'.
+    """
+
+    sampler: SamplerConfig = SamplerConfig()
+    num_latent_frames: int = 21
+    batch_size: int = 1
+    negative_prompt: str = ""
+    weights: str = "ema"
+
+    def __post_init__(self):
+        if self.weights not in ("ema", "params"):
+            raise ValueError(f"sample.weights={self.weights!r}: choose 'ema' or 'params'")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Logging to Weights & Biases: mode 'disabled', 'offline' or 'online'."""
+
+    mode: str = "disabled"
+    project: str = "lact_jax"
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. `init_from` names a converted checkpoint to start from; '' starts from scratch."""
+
+    seed: int = 0
+    init_from: str = ""
+    model: DiTConfig = DiTConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    codec: CodecConfig = CodecConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
+    wandb: WandbConfig = WandbConfig()
+
+
+# ConfigDict side. `model.lact` holds one set of options; `model.lact_cycle` holds, for layers that
+# differ, what each changes, cycled over the layers.
+
+
+def _to_dict(value) -> Any:
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        return ConfigDict({
+            f.name: _placeholder(hints[f.name], getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        })  # fmt: skip
+    if isinstance(value, Mapping):
+        return ConfigDict(dict(value))
+    return value
+
+
+def _placeholder(hint, value):
+    """None keeps its type, so that an override of it is parsed and checked."""
+    if value is None:
+        kinds = [t for t in typing.get_args(hint) if t is not types.NoneType]
+        return config_dict.placeholder(kinds[0])
+    return _to_dict(value)
+
+
+def default() -> ConfigDict:
+    """The default configuration as a ConfigDict, for config files to change."""
+    config = _to_dict(Config())
+    del config.model["lact"]
+    config.model.lact = _to_dict(LaCTConfig())
+    config.model.lact_cycle = ()
+    return config
+
+
+def parse(config: Mapping) -> Config:
+    """A ConfigDict (or nested dict) as a checked `Config`.
+
+    Raises:
+      ValueError: an unknown key, a value of the wrong type or out of range; names the key.
+    """
+    tree = config.to_dict() if isinstance(config, ConfigDict) else _copy(config)
+    model = tree.get("model", {})
+    if isinstance(model.get("lact"), Mapping):
+        cycle = model.pop("lact_cycle", ()) or ({},)
+        model["lact"] = tuple(
+            _build(LaCTConfig, {**model["lact"], **changes}, "model.lact") for changes in cycle
+        )
+    parsed = _build(Config, tree, "")
+    if parsed.data.batch_size % parsed.train.accumulation:
+        raise ValueError(
+            f"data.batch_size={parsed.data.batch_size} is not a multiple of "
+            f"train.accumulation={parsed.train.accumulation}"
+        )
+    return parsed
+
+
+def _copy(tree):
+    return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _build(cls, tree: Mapping, path: str):
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"config key {path!r}: expected a group of keys, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{path}." if path else ""
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {sorted(hints)}"
+            raise ValueError(f"unknown config key {prefix}{key}{hint}")
+    return cls(**{k: _convert(hints[k], v, prefix + k) for k, v in tree.items()})
+
+
+def _convert(hint, value, path: str):
+    """`value` as the type `hint` asks for."""
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"config key {path}={value!r}: expected a tuple")
+        return tuple(value)
+    if origin is types.UnionType:
+        return None if value is None else _convert(args[0], value, path)
+    if origin is not None:
+        return dict(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"config key {path}={value!r}: expected {hint.__name__}")
+    return value
