@@ -102,26 +102,30 @@ class TrainConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """What sample.py makes when it is not told otherwise.
+class SampleConfig(SamplerConfig):
+    """The sampler's options (see SamplerConfig) and what sample.py makes.
 
     Attributes:
-      sampler: solver, steps, shift and guidance.
+      seed: of the initial noise; a prompt's noise does not depend on the others.
       num_latent_frames: length of the clips; whole chunks.
       batch_size: prompts sampled together.
       negative_prompt: caption of the guidance's other branch.
       weights: 'ema' or 'params'.
     """
 
-    sampler: SamplerConfig = SamplerConfig()
+    seed: int = 0
     num_latent_frames: int = 21
     batch_size: int = 1
     negative_prompt: str = ""
     weights: str = "ema"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.weights not in ("ema", "params"):
             raise ValueError(f"sample.weights={self.weights!r}: choose 'ema' or 'params'")
+        for name in ("num_latent_frames", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sample.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True)

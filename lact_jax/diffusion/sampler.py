@@ -59,14 +59,19 @@ def guide(velocity_GB: jax.Array, guidance_scale: float) -> jax.Array:
 
 
 def solve_chunk(
-    denoise: Denoise, noise: jax.Array, cache: Any, schedule: Schedule, progress: Progress
+    denoise: Denoise,
+    noise: jax.Array,
+    cache: Any,
+    schedule: Schedule,
+    progress: Progress,
+    solver_step: Callable,
 ) -> jax.Array:
     """Takes a chunk (B, f, h, w, c) from noise to data; the cache is only read."""
     state = schedule.solver.init(noise)
     for i in range(schedule.steps):
         timestep = jnp.full((noise.shape[0],), schedule.timesteps[i], jnp.float32)
         velocity = denoise(state.x, timestep, cache)
-        state = schedule.solver.step(state, velocity, schedule.coefficients_at(i))
+        state = solver_step(state, velocity, schedule.coefficients_at(i))
         progress(i + 1, schedule.steps)
     return state.x
 
@@ -78,15 +83,18 @@ def sample_chunks(
     noise_W: Iterator[jax.Array],
     schedule: Schedule,
     progress: Callable[[int], Progress] = lambda chunk: lambda step, steps: None,
+    solver_step: Callable | None = None,
 ) -> Iterator[jax.Array]:
     """Yields finished chunks (B, f, h, w, c), one for each of `noise_W`.
 
     A chunk is committed when the next one is asked for, so the last one never is. Solver state is
     new for each chunk. `progress(chunk)` gives the callback (step, steps) of that chunk.
+    `solver_step` is the solver's own step unless a compiled one is given.
     """
+    solver_step = solver_step or schedule.solver.step
     finished = None
     for i, noise in enumerate(noise_W):
         if finished is not None:
             cache = commit(finished, cache)
-        finished = solve_chunk(denoise, noise, cache, schedule, progress(i))
+        finished = solve_chunk(denoise, noise, cache, schedule, progress(i), solver_step)
         yield finished

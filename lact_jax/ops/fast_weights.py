@@ -128,18 +128,27 @@ def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
     return FastWeights(jnp.concatenate([dw0_BMHE, dw2_BMHE], axis=-2), dw1_BMEH)
 
 
-def muon(x_BMXY: jax.Array, iters: int) -> jax.Array:
-    """Newton-Schulz orthogonalisation of each matrix, in float32 (Muon, Jordan et al. 2024)."""
+def newton_schulz(x: jax.Array, iters: int) -> jax.Array:
+    """Orthogonalises each matrix (..., X, Y) in float32 (Muon, Jordan et al. 2024)."""
     a, b, c = MUON_COEFFICIENTS
-    x_BMXY = x_BMXY.astype(jnp.float32)
-    norm_BM11 = jnp.linalg.norm(x_BMXY, axis=(-2, -1), keepdims=True)
-    x_BMXY = x_BMXY / (norm_BM11 + MUON_EPS)
-    tall = x_BMXY.shape[-2] > x_BMXY.shape[-1]
-    x = x_BMXY.mT if tall else x_BMXY
-    for _ in range(iters):
+    x = x.astype(jnp.float32)
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + MUON_EPS)
+    tall = x.shape[-2] > x.shape[-1]
+
+    def iterate(x, _):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+
+    x, _ = jax.lax.scan(iterate, x.mT if tall else x, length=iters)
     return x.mT if tall else x
+
+
+def muon(update: FastWeights, iters: int) -> FastWeights:
+    """Muon's form of an update. All three matrices are (E, H) or its transpose: one batch."""
+    dw0_BMHE, dw1_BMEH, dw2_BMHE = to_matrices(update)
+    stacked = jnp.stack([dw0_BMHE.mT, dw1_BMEH, dw2_BMHE.mT])
+    w0_BMEH, w1_BMEH, w2_BMEH = newton_schulz(stacked, iters)
+    return from_matrices(w0_BMEH.mT, w1_BMEH, w2_BMEH.mT)
 
 
 def _row_norm(w_BMXY: jax.Array) -> jax.Array:
@@ -158,8 +167,7 @@ def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -
         step = jax.tree.map(lambda new, old: new + m_BM11 * old, step, state.last_update)
         last_update = step
     if rule.muon:
-        dw0_BMHE, dw1_BMEH, dw2_BMHE = (muon(x, rule.muon_iters) for x in to_matrices(step))
-        step = from_matrices(dw0_BMHE, dw1_BMEH, dw2_BMHE)
+        step = muon(step, rule.muon_iters)
     weights = jax.tree.map(jnp.add, state.weights, step)
     if rule.weight_norm:
         weights = jax.tree.map(

@@ -1,0 +1,62 @@
+"""The demo: two CPU cores, a few minutes, clips of 81 frames at 64 x 64 made by the project."""
+
+from lact_jax.config import default
+
+
+def get_config():
+    config = default()
+
+    config.model.update(
+        dim=128,
+        ffn_dim=512,
+        num_heads=4,
+        num_layers=3,
+        freq_dim=64,
+        text_dim=64,
+        text_len=12,
+        remat="none",
+        dtype="float32",
+    )
+    config.model.lact.update(fw_head_dim=32, inter_multi=2.0, muon=True)
+
+    config.objective.update(
+        frames_per_chunk=3, num_repeat=1, timestep_shift=3.0, drop_text_prob=0.1
+    )
+
+    config.codec.name = "pca"
+    config.text.name = "words"
+    config.data.update(
+        name="synthetic",
+        path="runs/data/synthetic",
+        num_frames=81,
+        height=64,
+        width=64,
+        fps=16.0,
+        batch_size=8,
+        num_threads=2,
+        cache_in_memory=True,
+    )
+
+    config.train.update(
+        steps=450,
+        lr=2e-3,
+        schedule="cosine",
+        warmup_steps=30,
+        new_lr_multiplier=1.0,
+        weight_decay=0.01,
+        trainable="all",
+        ema_decay=0.98,
+        save_every=150,
+        keep_last=300,
+        log_every=1,
+        plot_every=50,
+    )
+    config.sample.update(
+        solver="unipc",
+        steps=20,
+        shift=3.0,
+        guidance_scale=3.0,
+        num_latent_frames=21,
+        batch_size=20,
+    )
+    return config

@@ -1,0 +1,105 @@
+"""Prompt -> embedding -> sampler -> codec -> frames, chunk by chunk.
+
+Letters: B prompts, W chunks, f latent frames of a chunk, h, w latent size, c channels, L text
+tokens, Q text width, T video frames.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lact_jax.config import Config
+from lact_jax.diffusion.sampler import Progress, guide, sample_chunks
+from lact_jax.encoders import TextEncoder, VideoCodec
+from lact_jax.models.dit import bind
+
+
+def chunk_noise(seed: int, indices: Sequence[int], chunk: int, shape: tuple) -> jax.Array:
+    """Initial noise (B, *shape) of a chunk: each prompt's from its own index in the list, so that
+    it does not depend on which prompts are sampled beside it."""
+    key = jax.random.fold_in(jax.random.key(seed), chunk)
+
+    def one(index):
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+    return jax.vmap(one)(jnp.asarray(indices, jnp.uint32))
+
+
+class Pipeline:
+    """A model with its codec and text encoder, ready to sample. Functions are compiled once."""
+
+    def __init__(self, config: Config, params: dict, codec: VideoCodec, text: TextEncoder):
+        """`params` is the model's nested dict; raises ValueError where sizes don't fit."""
+        sample, data, frames = config.sample, config.data, config.objective.frames_per_chunk
+        if sample.num_latent_frames % frames:
+            raise ValueError(
+                f"sample.num_latent_frames={sample.num_latent_frames} is not a multiple of "
+                f"objective.frames_per_chunk={frames}"
+            )
+        self.config, self.params, self.codec, self.text = config, params, codec, text
+        stride = codec.spatial_stride
+        self.chunk_shape = (
+            frames, data.height // stride, data.width // stride, codec.latent_channels,
+        )  # fmt: skip
+        self.num_chunks = sample.num_latent_frames // frames
+        self._schedule = sample.schedule
+        self._solve = jax.jit(self._schedule.solver.step)
+        self._text_kv = jax.jit(lambda params, text: bind(config.model, params).text_kv(text))
+        self._init_cache = jax.jit(
+            lambda params, batch: bind(config.model, params).init_cache(batch), static_argnums=1
+        )
+        self._denoise = jax.jit(self._denoise_branches)
+        self._commit = jax.jit(self._commit_branches, donate_argnums=3)
+
+    # With guidance the batch is doubled, [text; negative]; each half has a cache of its own.
+
+    def _branches(self, x):
+        return jnp.concatenate([x, x]) if self.config.sample.guided else x
+
+    def _denoise_branches(self, params, text_kv, x, timestep, cache):
+        model = bind(self.config.model, params)
+        velocity = model.denoise(self._branches(x), self._branches(timestep), text_kv, cache)
+        sample = self.config.sample
+        return guide(velocity, sample.guidance_scale) if sample.guided else velocity
+
+    def _commit_branches(self, params, text_kv, x, cache):
+        return bind(self.config.model, params).commit(self._branches(x), text_kv, cache)
+
+    def latent_chunks(
+        self,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        progress: Callable[[int], Progress] = lambda chunk: lambda step, steps: None,
+    ) -> Iterator[jax.Array]:
+        """Yields finished latent chunks (B, f, h, w, c) of a batch of prompts.
+
+        `indices` are the prompts' places in the whole list: they seed the noise.
+        """
+        sample = self.config.sample
+        captions = list(prompts)
+        if sample.guided:
+            captions += [sample.negative_prompt] * len(prompts)
+        text_kv = self._text_kv(self.params, jnp.asarray(self.text.encode(captions)))
+        noise = (
+            chunk_noise(sample.seed, indices, i, self.chunk_shape) for i in range(self.num_chunks)
+        )
+        return sample_chunks(
+            lambda x, t, cache: self._denoise(self.params, text_kv, x, t, cache),
+            lambda x, cache: self._commit(self.params, text_kv, x, cache),
+            self._init_cache(self.params, len(captions)),
+            noise,
+            self._schedule,
+            progress,
+            solver_step=self._solve,
+        )
+
+    def frame_chunks(self, prompts, indices, progress=None) -> Iterator[np.ndarray]:
+        """Yields decoded frames (B, T, H, W, 3) uint8 as chunks finish; arguments as above."""
+        progress = progress or (lambda chunk: lambda step, steps: None)
+        data = self.config.data
+        carry = self.codec.init_decode(len(prompts), data.height, data.width)
+        for latent in self.latent_chunks(prompts, indices, progress):
+            carry, frames = self.codec.decode_chunk(carry, latent)
+            yield np.asarray(frames)
