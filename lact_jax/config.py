@@ -20,6 +20,7 @@ from lact_jax.models.lact import LaCTConfig
 from lact_jax.objective import ObjectiveConfig
 from lact_jax.optim import TRAINABLE, OptimConfig
 from lact_jax.sharding import MeshConfig
+from lact_jax.wandb_run import WandbOptions
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,6 @@ class SampleConfig(SamplerConfig):
 
 
 @dataclass(frozen=True)
-class WandbConfig:
-    """Logging to Weights & Biases: mode 'disabled', 'offline' or 'online'."""
-
-    mode: str = "disabled"
-    project: str = "lact_jax"
-    name: str = ""
-
-
-@dataclass(frozen=True)
 class Config:
     """A run. `init_from` names a converted checkpoint to start from; '' starts from scratch."""
 
@@ -151,7 +143,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     mesh: MeshConfig = MeshConfig()
-    wandb: WandbConfig = WandbConfig()
+    wandb: WandbOptions = WandbOptions()
 
 
 # ConfigDict side. `model.lact` holds one set of options; `model.lact_cycle` holds, for layers that

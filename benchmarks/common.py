@@ -1,0 +1,54 @@
+"""What the benchmarks share: timing, memory, versions, and the report."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+# A run on a CPU only shows that the script works; its numbers mean nothing.
+SMALL_MODEL = dict(
+    dim=64, ffn_dim=128, num_heads=2, num_layers=2, freq_dim=32, text_dim=32, text_len=8
+)
+
+
+def median_seconds(call: Callable, repeats: int) -> float:
+    """Median wall time of `call()`, which must return what it computes; each is waited for."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def first_call_seconds(call: Callable):
+    """(result, wall time) of a first call, compilation included."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - start
+
+
+def peak_gigabytes() -> float | None:
+    """Peak device memory of this process in GB, None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / 1e9 if stats else None
+
+
+def report(name: str, rows: dict, json_path: str | None = None) -> None:
+    """Prints a table and one JSON line, and writes the JSON to a file if one is named."""
+    device = jax.devices()[0]
+    result = {
+        "benchmark": name,
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        **rows,
+    }
+    print(f"\n{name} on {device.device_kind}, jax {jax.__version__}")
+    for key, value in rows.items():
+        print(f"  {key:36} {value:.4g}" if isinstance(value, float) else f"  {key:36} {value}")
+    print(json.dumps(result))
+    if json_path:
+        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,90 @@
+"""Autoregressive sampling on random weights: time of a guided denoise step, of a commit, of a clip.
+
+    python -m benchmarks.sampling --config=configs/ar_chunk3f.py --chunks=7 --steps=4
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks import common
+from lact_jax.config import parse
+from lact_jax.diffusion.sampler import guide
+from lact_jax.models.dit import bind, init_params
+from lact_jax.pipeline import chunk_noise
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/ar_chunk3f.py")
+CHUNKS = flags.DEFINE_integer("chunks", 7, "Chunks to sample.")
+STEPS = flags.DEFINE_integer("steps", 4, "Solver steps a chunk.")
+SMALL = flags.DEFINE_bool("small", False, "A toy model, to see that the script runs.")
+JSON = flags.DEFINE_string("json", None, "Also write the result here.")
+
+
+def main(_):
+    config = parse(CONFIG.value)
+    latent_hw = config.data.height // 8, config.data.width // 8
+    if SMALL.value:
+        lact = dataclasses.replace(config.model.lact[0], fw_head_dim=32)
+        model = dataclasses.replace(config.model, **common.SMALL_MODEL, lact=(lact,))
+        config, latent_hw = dataclasses.replace(config, model=model), (4, 4)
+    model, scale = config.model, config.sample.guidance_scale
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    params["head"]["head"]["kernel"] = params["patch_embedding"]["kernel"].T  # not its zeros
+    text = jax.random.normal(jax.random.key(1), (2, model.text_len, model.text_dim), jnp.float32)
+    shape = (config.objective.frames_per_chunk, *latent_hw, model.latent_channels)
+
+    @jax.jit
+    def denoise(params, text_kv, x, timestep, cache):
+        both = jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep])
+        return guide(bind(model, params).denoise(*both, text_kv, cache), scale)
+
+    commit = jax.jit(
+        lambda params, text_kv, x, cache: bind(model, params).commit(
+            jnp.concatenate([x, x]), text_kv, cache
+        )
+    )
+    text_kv = jax.jit(lambda p, t: bind(model, p).text_kv(t))(params, text)
+    cache = jax.jit(lambda p: bind(model, p).init_cache(2))(params)
+    schedule = dataclasses.replace(config.sample, steps=STEPS.value).schedule
+    solver_step = jax.jit(schedule.solver.step)
+    per_chunk, cache_bytes, x = [], [], None
+    for chunk in range(CHUNKS.value):
+        if x is not None:
+            cache = commit(params, text_kv, x, cache)
+
+        def sample(chunk=chunk, cache=cache):
+            state = schedule.solver.init(chunk_noise(0, [0], chunk, shape))
+            for i in range(schedule.steps):
+                timestep = jnp.full((1,), schedule.timesteps[i], jnp.float32)
+                velocity = denoise(params, text_kv, state.x, timestep, cache)
+                state = solver_step(state, velocity, schedule.coefficients_at(i))
+            return state.x
+
+        x, first = common.first_call_seconds(sample)
+        per_chunk.append(first if chunk > 1 else common.median_seconds(sample, 1))
+        cache_bytes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(cache)))
+    timestep = jnp.full((1,), 500, jnp.float32)
+    step = common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10)
+    commit_seconds = common.median_seconds(lambda: commit(params, text_kv, x, cache), 5)
+    common.report(
+        "sampling",
+        {
+            "chunk latent": str(shape),
+            "chunks": CHUNKS.value,
+            "steps a chunk": STEPS.value,
+            "ms per guided denoise step": 1e3 * step,
+            "ms per commit": 1e3 * commit_seconds,
+            "seconds per chunk": str([round(s, 3) for s in per_chunk]),
+            "cache GB per chunk": str([round(b / 1e9, 3) for b in cache_bytes]),
+            "finite": bool(jnp.isfinite(x).all()),
+            "peak GB": common.peak_gigabytes(),
+        },
+        JSON.value,
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,38 @@
+"""What the scripts share: how errors end, and the compilation cache."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from lact_jax.checkpoint_tree import CheckpointError
+from lact_jax.workdir import WorkdirError
+
+# Errors whose message says what to do. Others are bugs and keep their traceback.
+EXPECTED = (ValueError, OSError, CheckpointError, WorkdirError, ImportError)
+TRACEBACK_VARIABLE = "LACT_JAX_TRACEBACK"
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX is told another place."""
+    if CACHE_VARIABLE not in os.environ:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(base / "lact_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def finish(main: Callable[[], int]) -> None:
+    """Runs `main` and exits with its status; an expected error ends with its message and 1."""
+    use_compilation_cache()
+    try:
+        status = main()
+    except EXPECTED as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print(f"(set {TRACEBACK_VARIABLE}=1 to see where)", file=sys.stderr)
+        status = 1
+    sys.exit(status)

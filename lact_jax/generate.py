@@ -1,0 +1,97 @@
+"""From a trained workdir and prompts to a gallery of clips."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lact_jax import encoders
+from lact_jax.checkpoint import complete_steps, restore_params
+from lact_jax.config import Config
+from lact_jax.gallery import Gallery
+from lact_jax.models.dit import abstract_params
+from lact_jax.pipeline import Pipeline
+from lact_jax.trainer import check_sizes
+from lact_jax.workdir import flat_config
+
+# What a checkpoint was trained with must be what it is sampled with.
+MUST_AGREE = ("model", "codec", "text", "objective.frames_per_chunk")
+MAY_DIFFER = ("model.remat", "model.dtype")
+
+
+def generate(
+    config: Config, workdir: str | Path, prompts: Sequence[str], out: str | Path,
+    checkpoint_step: int | None = None,
+) -> Path:  # fmt: skip
+    """Samples every prompt and writes the gallery; returns the path of its page.
+
+    Args:
+      config: the run; `config.sample` says how to sample.
+      workdir: where it was trained.
+      prompts: one clip each.
+      out: the gallery's folder.
+      checkpoint_step: the newest complete checkpoint by default.
+
+    Raises:
+      FileNotFoundError: no workdir or checkpoint. ValueError: the workdir has another config.
+    """
+    folder = Path(workdir) / "checkpoints"
+    check_trained_with(config, Path(workdir))
+    if not complete_steps(folder):
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint: train first")
+    step = checkpoint_step or complete_steps(folder)[-1]
+    codec = encoders.make_codec(config.codec.name, **config.codec.options)
+    text = encoders.make_text_encoder(config.text.name, **config.text.options)
+    check_sizes(config, codec)
+    sample = config.sample
+    params = restore_params(folder, step, sample.weights, abstract_params(config.model))
+    pipeline = Pipeline(config, params, codec, text)
+    settings = dataclasses.asdict(sample) | {"checkpoint_step": step}
+    with Gallery(out, settings, fps=config.data.fps) as gallery:
+        _sample_batches(pipeline, prompts, gallery)
+    return Path(out) / "index.html"
+
+
+def _sample_batches(pipeline: Pipeline, prompts: Sequence[str], gallery: Gallery) -> None:
+    size, chunks = pipeline.config.sample.batch_size, pipeline.num_chunks
+    num_frames = 1 + (pipeline.config.sample.num_latent_frames - 1) * pipeline.codec.temporal_stride
+    starts = range(0, len(prompts), size)
+    total = len(starts) * chunks * pipeline.config.sample.steps
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+        for start in starts:
+            batch = prompts[start : start + size]
+
+            def progress(chunk, first=start, count=len(batch)):
+                bar.set_description(f"clips {first + 1}-{first + count} chunk {chunk + 1}/{chunks}")
+                return lambda step, steps: bar.update()
+
+            with contextlib.ExitStack() as stack:
+                clips = [stack.enter_context(gallery.open_clip(p, num_frames)) for p in batch]
+                indices = range(start, start + len(batch))
+                for frames_BTHW3 in pipeline.frame_chunks(batch, indices, progress):
+                    for clip, frames_THW3 in zip(clips, frames_BTHW3, strict=True):
+                        clip.write(frames_THW3)
+
+
+def check_trained_with(config: Config, workdir: Path) -> None:
+    """Raises ValueError, listing the keys, where `config` is not what `workdir` was trained with."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {workdir} is not the workdir of a run")
+    trained = flat_config(json.loads(file.read_text()))
+    asked = flat_config(json.loads(json.dumps(dataclasses.asdict(config))))
+    differing = [
+        f"{key}: trained with {trained.get(key)!r}, asked for {asked.get(key)!r}"
+        for key in sorted(trained.keys() | asked.keys())
+        if key.startswith(MUST_AGREE)
+        and not key.startswith(MAY_DIFFER)
+        and trained.get(key) != asked.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} was trained with another config; give the same --config and overrides:\n  "
+            + "\n  ".join(differing)
+        )
