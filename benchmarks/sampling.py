@@ -12,9 +12,8 @@ from ml_collections import config_flags
 
 from benchmarks import common
 from lact_jax.config import parse
-from lact_jax.diffusion.sampler import guide
+from lact_jax.diffusion.sampler import chunk_noise, guide
 from lact_jax.models.dit import bind, init_params
-from lact_jax.pipeline import chunk_noise
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/ar_chunk3f.py")
 CHUNKS = flags.DEFINE_integer("chunks", 7, "Chunks to sample.")

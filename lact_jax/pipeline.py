@@ -11,20 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lact_jax.config import Config
-from lact_jax.diffusion.sampler import Progress, guide, sample_chunks
+from lact_jax.diffusion.sampler import Progress, chunk_noise, guide, sample_chunks
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.models.dit import bind
-
-
-def chunk_noise(seed: int, indices: Sequence[int], chunk: int, shape: tuple) -> jax.Array:
-    """Initial noise (B, *shape) of a chunk: each prompt's from its own index in the list, so that
-    it does not depend on which prompts are sampled beside it."""
-    key = jax.random.fold_in(jax.random.key(seed), chunk)
-
-    def one(index):
-        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
-
-    return jax.vmap(one)(jnp.asarray(indices, jnp.uint32))
 
 
 class Pipeline:

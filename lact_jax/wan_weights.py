@@ -1,11 +1,16 @@
 """Where every tensor of a Wan or LaCT-AR checkpoint goes in the JAX model: one table, both ways.
 
-A row names an official PyTorch tensor, the parameter it becomes, and how its layout changes.
+A row names a PyTorch tensor in both worlds' checkpoints, the parameter it becomes, and how its
+layout changes:
+- "wan": the names of the official code, which LaCT-AR's own parameters have everywhere;
+- "diffusers": the names of `WanTransformer3DModel`.
 `rows(config)` spells the table out for a model: one row for each tensor of each layer.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -36,65 +41,86 @@ PATCH_CONV = Layout(
 )
 
 
-def _linear(torch_name: str, jax_name: str):
+class Entry(NamedTuple):
+    """A tensor's names in the two worlds, the parameter's path, and its change of layout."""
+
+    wan: str
+    diffusers: str
+    path: str
+    layout: Layout
+
+
+def _linear(wan: str, diffusers: str, path: str) -> tuple[Entry, Entry]:
     return (
-        (f"{torch_name}.weight", f"{jax_name}/kernel", TRANSPOSED),
-        (f"{torch_name}.bias", f"{jax_name}/bias", SAME),
+        Entry(f"{wan}.weight", f"{diffusers}.weight", f"{path}/kernel", TRANSPOSED),
+        Entry(f"{wan}.bias", f"{diffusers}.bias", f"{path}/bias", SAME),
     )
 
 
+_EMBEDDER = "condition_embedder"
 MODEL_TABLE = (
-    ("patch_embedding.weight", "patch_embedding/kernel", PATCH_CONV),
-    ("patch_embedding.bias", "patch_embedding/bias", SAME),
-    *_linear("text_embedding.0", "text_embedding/fc1"),
-    *_linear("text_embedding.2", "text_embedding/fc2"),
-    *_linear("time_embedding.0", "time_embedding/fc1"),
-    *_linear("time_embedding.2", "time_embedding/fc2"),
-    *_linear("time_projection.1", "time_projection"),
-    ("head.modulation", "head/modulation", LEADING_ONE),
-    *_linear("head.head", "head/head"),
+    Entry("patch_embedding.weight", "patch_embedding.weight", "patch_embedding/kernel", PATCH_CONV),
+    Entry("patch_embedding.bias", "patch_embedding.bias", "patch_embedding/bias", SAME),
+    *_linear("text_embedding.0", f"{_EMBEDDER}.text_embedder.linear_1", "text_embedding/fc1"),
+    *_linear("text_embedding.2", f"{_EMBEDDER}.text_embedder.linear_2", "text_embedding/fc2"),
+    *_linear("time_embedding.0", f"{_EMBEDDER}.time_embedder.linear_1", "time_embedding/fc1"),
+    *_linear("time_embedding.2", f"{_EMBEDDER}.time_embedder.linear_2", "time_embedding/fc2"),
+    *_linear("time_projection.1", f"{_EMBEDDER}.time_proj", "time_projection"),
+    Entry("head.modulation", "scale_shift_table", "head/modulation", LEADING_ONE),
+    *_linear("head.head", "proj_out", "head/head"),
 )
 
 _ATTENTION = tuple(
-    row
-    for attention in ("self_attn", "cross_attn")
-    for row in (
-        *_linear(f"{attention}.q", f"{attention}/q"),
-        *_linear(f"{attention}.k", f"{attention}/k"),
-        *_linear(f"{attention}.v", f"{attention}/v"),
-        *_linear(f"{attention}.o", f"{attention}/o"),
-        (f"{attention}.norm_q.weight", f"{attention}/norm_q/scale", SAME),
-        (f"{attention}.norm_k.weight", f"{attention}/norm_k/scale", SAME),
+    entry
+    for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for entry in (
+        *_linear(f"{ours}.q", f"{theirs}.to_q", f"{ours}/q"),
+        *_linear(f"{ours}.k", f"{theirs}.to_k", f"{ours}/k"),
+        *_linear(f"{ours}.v", f"{theirs}.to_v", f"{ours}/v"),
+        *_linear(f"{ours}.o", f"{theirs}.to_out.0", f"{ours}/o"),
+        Entry(f"{ours}.norm_q.weight", f"{theirs}.norm_q.weight", f"{ours}/norm_q/scale", SAME),
+        Entry(f"{ours}.norm_k.weight", f"{theirs}.norm_k.weight", f"{ours}/norm_k/scale", SAME),
     )
 )
 
-# In every block, under "blocks.<i>." there and "blocks/<i mod p>/" here.
+# In every block, under "blocks.<i>." there and "blocks/<i mod p>/" here. The norm before
+# cross-attention is the only one with weights: norm3 in the official code, norm2 in diffusers.
 BLOCK_TABLE = (
-    ("modulation", "modulation", LEADING_ONE),
+    Entry("modulation", "scale_shift_table", "modulation", LEADING_ONE),
     *_ATTENTION,
-    ("norm3.weight", "norm3/scale", SAME),
-    ("norm3.bias", "norm3/bias", SAME),
-    *_linear("ffn.0", "ffn/fc1"),
-    *_linear("ffn.2", "ffn/fc2"),
+    Entry("norm3.weight", "norm2.weight", "norm3/scale", SAME),
+    Entry("norm3.bias", "norm2.bias", "norm3/bias", SAME),
+    *_linear("ffn.0", "ffn.net.0.proj", "ffn/fc1"),
+    *_linear("ffn.2", "ffn.net.2", "ffn/fc2"),
 )
+
+
+def _lact(name: str, path: str, layout: Layout = SAME) -> Entry:
+    return Entry(f"self_attn.{name}", f"self_attn.{name}", f"self_attn/{path}", layout)
+
+
+def _lact_linear(name: str, path: str) -> tuple[Entry, Entry]:
+    name = f"self_attn.{name}"
+    return _linear(name, name, f"self_attn/{path}")
+
 
 # What LaCT adds to a block; which of them exist depends on the layer's options.
 LACT_TABLE = (
-    ("self_attn.w0", "self_attn/w0", SAME),
-    ("self_attn.w1", "self_attn/w1", SAME),
-    ("self_attn.w2", "self_attn/w2", SAME),
-    ("self_attn.qk_scale", "self_attn/qk_scale", SAME),
-    ("self_attn.qk_offset", "self_attn/qk_offset", SAME),
-    *_linear("self_attn.lr_proj", "self_attn/lr_proj"),
-    *_linear("self_attn.momentum_proj.0", "self_attn/momentum_proj"),
-    ("self_attn.output_norm.weight", "self_attn/output_norm/scale", SAME),
-    *_linear("self_attn.ttt_scale_proj", "self_attn/ttt_scale_proj"),
+    _lact("w0", "w0"),
+    _lact("w1", "w1"),
+    _lact("w2", "w2"),
+    _lact("qk_scale", "qk_scale"),
+    _lact("qk_offset", "qk_offset"),
+    *_lact_linear("lr_proj", "lr_proj"),
+    *_lact_linear("momentum_proj.0", "momentum_proj"),
+    _lact("output_norm.weight", "output_norm/scale"),
+    *_lact_linear("ttt_scale_proj", "ttt_scale_proj"),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: its official name, the parameter's path, the layer's place in its stack."""
+    """One tensor: its name in a checkpoint, the parameter's path, its layer's place in a stack."""
 
     torch_name: str
     path: Path
@@ -103,19 +129,35 @@ class Row:
     is_lact: bool = False
 
 
-def rows(config: DiTConfig) -> list[Row]:
-    """The table for this model: every official tensor name and where it goes."""
-    table = [Row(name, tuple(path.split("/")), None, layout) for name, path, layout in MODEL_TABLE]
+def rows(config: DiTConfig, names: str = "wan") -> list[Row]:
+    """The table for this model: every tensor under its "wan" or "diffusers" name."""
+    table = [
+        Row(getattr(entry, names), tuple(entry.path.split("/")), None, entry.layout)
+        for entry in MODEL_TABLE
+    ]
     for i, (mixer, options) in enumerate(config.layer_specs):
         stack, layer = i % config.period, i // config.period
-        absent = _absent(options) if mixer == "lact" else ()
-        entries = [(row, False) for row in BLOCK_TABLE]
+        entries = [(entry, False) for entry in BLOCK_TABLE]
         if mixer == "lact":
-            entries += [(row, True) for row in LACT_TABLE if not row[1].startswith(absent)]
-        for (name, path, layout), is_lact in entries:
-            full_path = ("blocks", str(stack), *path.split("/"))
-            table.append(Row(f"blocks.{i}.{name}", full_path, layer, layout, is_lact))
+            absent = _absent(options)
+            entries += [(e, True) for e in LACT_TABLE if not e.path.startswith(absent)]
+        for entry, is_lact in entries:
+            path = ("blocks", str(stack), *entry.path.split("/"))
+            name = f"blocks.{i}.{getattr(entry, names)}"
+            table.append(Row(name, path, layer, entry.layout, is_lact))
     return table
+
+
+_OFFICIAL = {entry.diffusers: entry.wan for entry in MODEL_TABLE}
+_OFFICIAL_IN_BLOCK = {entry.diffusers: entry.wan for entry in BLOCK_TABLE}
+
+
+def official_name(diffusers_name: str) -> str:
+    """The official name of a diffusers tensor; a name that isn't in the table is left as it is."""
+    if block := re.fullmatch(r"(blocks\.\d+)\.(.+)", diffusers_name):
+        prefix, rest = block.groups()
+        return f"{prefix}.{_OFFICIAL_IN_BLOCK.get(rest, rest)}"
+    return _OFFICIAL.get(diffusers_name, diffusers_name)
 
 
 def _absent(options) -> tuple[str, ...]:

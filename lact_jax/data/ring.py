@@ -15,6 +15,7 @@ import numpy as np
 CAPTION = "a camera pans round a ring of hills and houses"
 VIEWS = 3
 _TEMPORAL_STRIDE = 4  # latent frame i > 0 is frames 4i-3 .. 4i
+_SOFT = 1.5  # width of an edge in pixels: as smooth as a camera's
 
 
 def camera(num_frames: int, width: int, chunk_frames: int) -> np.ndarray:
@@ -93,8 +94,8 @@ def _colour(rng: np.random.Generator, saturation: float, value: tuple[float, flo
 
 
 def _step(signed: np.ndarray, size: int) -> np.ndarray:
-    """1 where `signed` (in picture heights) is positive, with an edge one pixel soft."""
-    return np.clip(0.5 + signed * size, 0, 1)[..., None]
+    """1 where `signed` (in picture heights) is positive, with an edge _SOFT pixels wide."""
+    return np.clip(0.5 + signed * size / _SOFT, 0, 1)[..., None]
 
 
 def _over(world_HR3: np.ndarray, alpha_HR1: np.ndarray, tint: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ COLOURS = {
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 BACKGROUND = (24, 26, 34)
 
+_SOFT = 2.0  # width of an edge in pixels: as smooth as a camera's
 _SQUARE = 0.9  # half a side, in radii
 _TRIANGLE = 1.25  # centre to corner, in radii
 
@@ -78,7 +79,7 @@ def coverage(shape: str, y, x, radius: float, height: int, width: int) -> np.nda
     y_11, x_11 = (np.asarray(value, np.float32)[..., None, None] for value in (y, x))
     y_H1 = np.arange(height, dtype=np.float32)[:, None] - y_11
     x_1W = np.arange(width, dtype=np.float32)[None, :] - x_11
-    return np.clip(0.5 - distance(y_H1, x_1W, radius), 0, 1).astype(np.float32)
+    return np.clip(0.5 - distance(y_H1, x_1W, radius) / _SOFT, 0, 1).astype(np.float32)
 
 
 def combinations() -> list[tuple[str, str, str]]:

@@ -4,7 +4,7 @@ Letters: B samples (both guidance branches, where there are two, are the caller'
 W chunks, f latent frames of a chunk, h, w latent size, c channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ class SamplerConfig:
     @property
     def guided(self) -> bool:
         return self.guidance_scale != 1
+
+
+def chunk_noise(seed: int, indices: Sequence[int], chunk: int, shape: tuple) -> jax.Array:
+    """Initial noise (B, *shape) of a chunk: each prompt's from its own index in the list, so that
+    it does not depend on which prompts are sampled beside it."""
+    key = jax.random.fold_in(jax.random.key(seed), chunk)
+
+    def one(index):
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+    return jax.vmap(one)(jnp.asarray(indices, jnp.uint32))
 
 
 def guide(velocity_GB: jax.Array, guidance_scale: float) -> jax.Array:
