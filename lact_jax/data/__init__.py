@@ -1,1 +1,37 @@
-"""Datasets, one a file; the table is in `lact_jax.data.datasets`."""
+"""Datasets, one a file and one line in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grain
+
+from lact_jax.data import random, synthetic_dataset, video_folder
+
+# Name -> function of (config, codec, text encoder).
+DATASETS: dict[str, Callable[..., grain.IterDataset]] = {
+    "random": random.from_config,
+    "synthetic": synthetic_dataset.from_config,
+    "video_folder": video_folder.from_config,
+}
+
+
+def make_dataset(name: str, config: Any, codec: Any, text: Any) -> grain.IterDataset:
+    """The dataset of that name, for the sizes in a run's config.
+
+    Args:
+      name: a key of DATASETS.
+      config: `lact_jax.config.Config`; its seed and its `data` and `model` sections are read.
+      codec, text: as in `lact_jax.encoders`; only their sizes are read.
+
+    Returns:
+      An endless Grain dataset of this process's share of batches (see `lact_jax.data.batch`).
+      Its iterator's `get_state()` can be saved as JSON; after `set_state` the same batches follow.
+
+    Raises:
+      ValueError: an unknown name, or what the dataset says of its folder or options.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data.name={name!r}: unknown, choose one of {sorted(DATASETS)}")
+    return DATASETS[name](config, codec, text)

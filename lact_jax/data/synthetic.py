@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -97,8 +98,14 @@ def write_folder(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    if _manifest(path, settings)["complete"]:
-        return path
+    with (path / ".lock").open("w") as lock:  # processes that start together write it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _manifest(path, settings)["complete"]:
+            _write_all(path, settings, workers)
+    return path
+
+
+def _write_all(path: Path, settings: Settings, workers: int | None) -> None:
     for leftover in path.glob(".*.tmp*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
     names = clip_names(settings)
@@ -110,7 +117,6 @@ def write_folder(
     ]
     _write_text(path / CAPTIONS, "\n".join(lines) + "\n")
     _write_manifest(path, settings, complete=True)
-    return path
 
 
 def clip_names(settings: Settings) -> list[tuple[str, int]]:

@@ -1,0 +1,68 @@
+"""Random latents and embeddings of the configured shapes, to debug a run without any data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from lact_jax.data.batch import EncodedBatch, process_share
+
+_BATCHES = 2**31  # in one epoch; no run sees the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Shapes of the batches.
+
+    Attributes:
+      batch_size: clips a batch in this process.
+      latent_shape: (F, h, w, C) of one clip.
+      text_shape: (L, D) of one clip.
+      seed: batch i is drawn from (seed, process_index, i).
+      num_threads: drawing threads; 0 draws in the caller's.
+      process_index: of this process.
+    """
+
+    batch_size: int
+    latent_shape: tuple[int, int, int, int]
+    text_shape: tuple[int, int]
+    seed: int = 0
+    num_threads: int = 1
+    process_index: int = 0
+
+
+def make(options: Options) -> grain.IterDataset:
+    """An endless dataset of normal EncodedBatch: other numbers in every batch."""
+
+    def draw(index: int) -> EncodedBatch:
+        rng = np.random.default_rng((options.seed, options.process_index, index))
+        latent = rng.standard_normal((options.batch_size, *options.latent_shape), np.float32)
+        text = rng.standard_normal((options.batch_size, *options.text_shape), np.float32)
+        return EncodedBatch(latent=latent, text=text)
+
+    read = grain.ReadOptions(
+        num_threads=options.num_threads, prefetch_buffer_size=2 * options.num_threads
+    )
+    return grain.MapDataset.range(_BATCHES).map(draw).to_iter_dataset(read)
+
+
+def from_config(config: Any, codec: Any, text: Any) -> grain.IterDataset:
+    """`make` with the shapes that the codec and the text encoder would give; no data is read."""
+    data = config.data
+    batch_size, process_index, _ = process_share(data.batch_size)
+    stride = codec.spatial_stride
+    return make(Options(
+        batch_size=batch_size,
+        latent_shape=(
+            1 + (data.num_frames - 1) // codec.temporal_stride,
+            data.height // stride,
+            data.width // stride,
+            codec.latent_channels,
+        ),
+        text_shape=(text.text_len, text.text_dim),
+        seed=config.seed,
+        process_index=process_index,
+    ))  # fmt: skip
