@@ -29,6 +29,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 # Containers round timestamps (Matroska to 1 ms): a picture this little late counts as on time.
 _LATE_S = Fraction(1, 1000)
+_UNREADABLE = "can't be read as a video, it is cut off or of another type"
 
 
 class VideoError(ValueError):
@@ -252,17 +253,16 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
             attached = [s for s in container.streams.video
                         if s.disposition & Disposition.attached_pic]
             if len(container.streams.video) == len(attached):
-                kinds = sorted({s.type for s in container.streams}) or ["none"]
+                kinds = sorted({s.type for s in container.streams})
+                if not kinds:
+                    raise VideoError(f"{path}: {_UNREADABLE}")
                 raise VideoError(
-                    f"{path}: no video stream (streams: {', '.join(kinds)}); "
+                    f"{path}: no video stream but {', '.join(kinds)}; "
                     "an audio file under a video's name?"
                 )
             yield container
     except av.FFmpegError as error:
-        raise VideoError(
-            f"{path}: can't be read as a video, it is cut off or of another type "
-            f"({error.strerror or error})"
-        ) from error
+        raise VideoError(f"{path}: {_UNREADABLE} ({error.strerror or error})") from error
 
 
 def _check_index(path: Path, stream: av.video.stream.VideoStream) -> None:
@@ -322,7 +322,7 @@ def _pictures(path: Path, container, stream, begin: Fraction) -> Iterator:
             yield held, time
         held, held_time = frame, time
     lasting = Fraction(held.duration or 0) * (held.time_base or 0)
-    yield held, held_time + (lasting or frame_time)
+    yield held, held_time + max(lasting or frame_time, 2 * _LATE_S)
 
 
 def _from_key_frame(container, stream, origin: Fraction, begin: Fraction) -> Iterator:
