@@ -98,16 +98,18 @@ def write_folder(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as lock:  # processes that start together write it once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _manifest(path, settings)["complete"]:
-            _write_all(path, settings, workers)
+    if not _is_complete(path, settings):
+        with (path / ".lock").open("w") as lock:  # processes that start together write it once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_complete(path, settings):
+                _write_all(path, settings, workers)
     return path
 
 
 def _write_all(path: Path, settings: Settings, workers: int | None) -> None:
     for leftover in path.glob(".*.tmp*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
+    _write_manifest(path, settings, complete=False)
     names = clip_names(settings)
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         captions = list(pool.map(lambda name: _write_clip(path, settings, *name), names))
@@ -167,8 +169,8 @@ def _write_clip(path: Path, settings: Settings, family: str, index: int) -> str:
     return text
 
 
-def _manifest(path: Path, settings: Settings) -> dict:
-    """The folder's manifest, begun if the folder is new; other settings are an error."""
+def _is_complete(path: Path, settings: Settings) -> bool:
+    """Whether all clips are there; a folder that is not for these settings is an error."""
     file = path / MANIFEST
     if not file.exists():
         strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
@@ -177,7 +179,7 @@ def _manifest(path: Path, settings: Settings) -> dict:
                 f"{path}: holds files ({', '.join(strangers[:3])}, …) but no {MANIFEST}, so it is "
                 "not a folder of synthetic clips; give another folder"
             )
-        _write_manifest(path, settings, complete=False)
+        return False
     manifest = json.loads(file.read_text())
     wanted = {"version": _VERSION, **dataclasses.asdict(settings)}
     found = {key: manifest.get(key) for key in wanted}
@@ -188,7 +190,7 @@ def _manifest(path: Path, settings: Settings) -> dict:
             f"{path}: holds synthetic clips of other settings ({'; '.join(differences)}); "
             "give another folder or delete this one"
         )
-    return manifest
+    return manifest["complete"]
 
 
 def _write_manifest(path: Path, settings: Settings, complete: bool) -> None:
