@@ -18,6 +18,7 @@ from lact_jax.models.layers import RMSNorm, linear, project_float32
 from lact_jax.models.mixer import QKVO, attend_chunks
 from lact_jax.ops import fast_weights as fw
 from lact_jax.ops.attention import attend
+from lact_jax.ops.numerics import l2_norm
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -136,7 +137,7 @@ class LaCT(QKVO):
         if options.qkv_silu and options.l2_norm_after_silu:
             y = jax.nn.silu(y)
         if use_l2 and options.qk_l2_norm:
-            y = y / (jnp.linalg.norm(y, axis=-1, keepdims=True) + L2_EPS)
+            y = y / (l2_norm(y) + L2_EPS)
         if options.qkv_silu and not options.l2_norm_after_silu:
             y = jax.nn.silu(y)
         return y.astype(x.dtype)

@@ -12,15 +12,20 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from lact_jax.ops.numerics import matmul_precision
+
 MAX_TIMESTEP = 1000
 
 
 def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, kernel_init=None) -> nnx.Linear:
     """A Linear with float32 parameters, a zero bias and matmuls in `dtype`."""
-    kernel_init = kernel_init or nnx.initializers.xavier_uniform()
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return nnx.Linear(
-        d_in, d_out, dtype=dtype, precision=precision, kernel_init=kernel_init, rngs=rngs
+        d_in,
+        d_out,
+        dtype=dtype,
+        precision=matmul_precision(dtype),
+        kernel_init=kernel_init or nnx.initializers.xavier_uniform(),
+        rngs=rngs,
     )
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lact_jax.ops.numerics import matmul_precision
+
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 CUDNN_MAX_HEAD_DIM = 256
 
@@ -24,5 +26,7 @@ def choose_backend(platform: str, dtype, head_dim: int) -> str:
 def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
     backend = choose_backend(jax.default_backend(), q_BSNK.dtype, q_BSNK.shape[-1])
-    o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
+    exact = matmul_precision(q_BSNK.dtype) is not None
+    with jax.default_matmul_precision("highest" if exact else "default"):
+        o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
     return checkpoint_name(o_BSNK, "attention")

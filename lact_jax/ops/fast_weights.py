@@ -10,10 +10,13 @@ float32. w0 and w2 are kept as one (2H, E) matrix so that each token needs one m
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lact_jax.ops.numerics import l2_norm, matmul_precision
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-5
@@ -70,9 +73,13 @@ def initial_state(weights: FastWeights, rule: UpdateRule) -> State:
     return State(weights, jax.tree.map(jnp.zeros_like, weights) if rule.momentum else None)
 
 
+def _einsum(equation: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
+    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), **options)
+
+
 @jax.custom_vjp
 def _sum_of_outer(a_BMSX: jax.Array, b_BMSY: jax.Array) -> jax.Array:
-    return jnp.einsum("bmsx,bmsy->bmxy", a_BMSX, b_BMSY, preferred_element_type=jnp.float32)
+    return _einsum("bmsx,bmsy->bmxy", a_BMSX, b_BMSY, preferred_element_type=jnp.float32)
 
 
 def _sum_of_outer_fwd(a_BMSX, b_BMSY):
@@ -83,8 +90,8 @@ def _sum_of_outer_bwd(residuals, grad_BMXY):
     # The cotangent arrives in float32; unless it is cast, both matmuls below run in float32.
     a_BMSX, b_BMSY = residuals
     grad_BMXY = grad_BMXY.astype(a_BMSX.dtype)
-    da_BMSX = jnp.einsum("bmxy,bmsy->bmsx", grad_BMXY, b_BMSY)
-    db_BMSY = jnp.einsum("bmxy,bmsx->bmsy", grad_BMXY, a_BMSX)
+    da_BMSX = _einsum("bmxy,bmsy->bmsx", grad_BMXY, b_BMSY)
+    db_BMSY = _einsum("bmxy,bmsx->bmsy", grad_BMXY, a_BMSX)
     return da_BMSX, db_BMSY
 
 
@@ -93,7 +100,7 @@ _sum_of_outer.defvjp(_sum_of_outer_fwd, _sum_of_outer_bwd)
 
 def _hidden(w02_BMGE: jax.Array, x_BMSE: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(w0 x, w2 x), upcast to float32 for the nonlinearity."""
-    gu_BMSG = jnp.einsum("bmse,bmge->bmsg", x_BMSE, w02_BMGE.astype(x_BMSE.dtype))
+    gu_BMSG = _einsum("bmse,bmge->bmsg", x_BMSE, w02_BMGE.astype(x_BMSE.dtype))
     g_BMSH, u_BMSH = jnp.split(gu_BMSG, 2, axis=-1)
     return g_BMSH.astype(jnp.float32), u_BMSH.astype(jnp.float32)
 
@@ -102,7 +109,7 @@ def read(weights: FastWeights, q_BMTE: jax.Array) -> jax.Array:
     """f(q) for every query: (B, M, T, E), in q's dtype."""
     g_BMTH, u_BMTH = _hidden(weights.w02_BMGE, q_BMTE)
     h_BMTH = (jax.nn.silu(g_BMTH) * u_BMTH).astype(q_BMTE.dtype)
-    return jnp.einsum("bmth,bmeh->bmte", h_BMTH, weights.w1_BMEH.astype(q_BMTE.dtype))
+    return _einsum("bmth,bmeh->bmte", h_BMTH, weights.w1_BMEH.astype(q_BMTE.dtype))
 
 
 def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
@@ -114,7 +121,7 @@ def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
     dtype = k_BMSE.dtype
     lr0_BMS1, lr1_BMS1, lr2_BMS1 = jnp.split(chunk.lr_BMS3.astype(jnp.float32), 3, axis=-1)
     g_BMSH, u_BMSH = _hidden(weights.w02_BMGE, k_BMSE)
-    dh_BMSH = jnp.einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
+    dh_BMSH = _einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
     dh_BMSH = dh_BMSH.astype(jnp.float32)
     sigmoid_BMSH = jax.nn.sigmoid(g_BMSH)
     silu_BMSH = g_BMSH * sigmoid_BMSH
@@ -132,12 +139,14 @@ def newton_schulz(x: jax.Array, iters: int) -> jax.Array:
     """Orthogonalises each matrix (..., X, Y) in float32 (Muon, Jordan et al. 2024)."""
     a, b, c = MUON_COEFFICIENTS
     x = x.astype(jnp.float32)
-    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + MUON_EPS)
+    x = x / (l2_norm(x, axis=(-2, -1)) + MUON_EPS)
     tall = x.shape[-2] > x.shape[-1]
 
+    matmul = partial(jnp.matmul, precision=matmul_precision(jnp.float32))
+
     def iterate(x, _):
-        gram = x @ x.mT
-        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+        gram = matmul(x, x.mT)
+        return a * x + matmul(b * gram + c * matmul(gram, gram), x), None
 
     x, _ = jax.lax.scan(iterate, x.mT if tall else x, length=iters)
     return x.mT if tall else x
@@ -149,10 +158,6 @@ def muon(update: FastWeights, iters: int) -> FastWeights:
     stacked = jnp.stack([dw0_BMHE.mT, dw1_BMEH, dw2_BMHE.mT])
     w0_BMEH, w1_BMEH, w2_BMEH = newton_schulz(stacked, iters)
     return from_matrices(w0_BMEH.mT, w1_BMEH, w2_BMEH.mT)
-
-
-def _row_norm(w_BMXY: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(w_BMXY, axis=-1, keepdims=True)
 
 
 def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -> State:
@@ -171,7 +176,7 @@ def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -
     weights = jax.tree.map(jnp.add, state.weights, step)
     if rule.weight_norm:
         weights = jax.tree.map(
-            lambda w, w_init: w / (_row_norm(w) + NORM_EPS) * _row_norm(w_init), weights, initial
+            lambda w, w_init: w / (l2_norm(w) + NORM_EPS) * l2_norm(w_init), weights, initial
         )
     return State(weights, last_update)
 

@@ -1,0 +1,59 @@
+"""Attention against a loop over heads, and the table that chooses its backend."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_fixtures import dot_generals
+from numpy_twins import attention, relative_error
+
+from lact_jax.ops.attention import attend, choose_backend
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "backend"),
+    [
+        ("gpu", jnp.bfloat16, 128, "cudnn"),
+        ("cuda", jnp.bfloat16, 128, "cudnn"),
+        ("gpu", jnp.float16, 64, "cudnn"),
+        ("gpu", jnp.dtype("bfloat16"), 256, "cudnn"),
+        ("gpu", jnp.bfloat16, 264, "xla"),
+        ("gpu", jnp.bfloat16, 12, "xla"),
+        ("gpu", jnp.float32, 128, "xla"),
+        ("cpu", jnp.bfloat16, 128, "xla"),
+        ("tpu", jnp.bfloat16, 128, "xla"),
+        ("rocm", jnp.bfloat16, 128, "xla"),
+    ],
+)
+def test_cudnn_is_chosen_only_where_it_takes_the_call(platform, dtype, head_dim, backend):
+    assert choose_backend(platform, dtype, head_dim) == backend
+
+
+def random_qkv(rng, tokens=5, keys=9):
+    shapes = ((2, tokens, 3, 8), (2, keys, 3, 8), (2, keys, 3, 8))
+    return [jnp.asarray(2 * rng.standard_normal(s), jnp.float32) for s in shapes]
+
+
+def test_attend_is_softmax_attention_head_by_head():
+    qkv = random_qkv(np.random.default_rng(0))
+    want = [attention(*(np.asarray(x[b], np.float64) for x in qkv)) for b in range(2)]
+    assert relative_error(attend(*qkv), want) < 2e-6
+
+
+def test_bfloat16_attention_takes_its_softmax_in_float32():
+    rng = np.random.default_rng(1)
+    qkv = [x.astype(jnp.bfloat16) for x in random_qkv(rng, keys=300)]
+    want = [attention(*(np.asarray(x[b], np.float64) for x in qkv)) for b in range(2)]
+    out = attend(*qkv)
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(out, want) < 6e-3
+
+
+def test_float32_attention_is_exact_on_any_accelerator():
+    qkv = random_qkv(np.random.default_rng(2))
+    grad = jax.grad(lambda *args: jnp.sum(attend(*args) ** 2), argnums=(0, 1, 2))
+    products = dot_generals(jax.make_jaxpr(grad)(*qkv).jaxpr)
+    assert len(products) >= 6
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    for equation in products:
+        assert equation.params["precision"] == highest, equation

@@ -1,0 +1,230 @@
+"""The fast weights against their definition, a float64 twin and jax.grad; what bf16 may cost."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_twins as twins
+import pytest
+from model_fixtures import dot_generals
+from numpy_twins import relative_error
+
+from lact_jax.ops import fast_weights as fw
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+B, M, S, E, H, CHUNKS = 2, 2, 6, 8, 12, 3
+RULES = [
+    fw.UpdateRule(momentum, muon, 4, weight_norm)
+    for momentum, muon, weight_norm in itertools.product((False, True), repeat=3)
+]
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def random_weights(rng, hidden=H):
+    return (
+        normal(rng, B, M, hidden, E) / E**0.5,
+        normal(rng, B, M, E, hidden) / hidden**0.5,
+        normal(rng, B, M, hidden, E) / E**0.5,
+    )
+
+
+def random_chunk(rng, *leading, tokens=S):
+    """Learning rates are large enough for every chunk to change the weights by their own size."""
+    return fw.Chunk(
+        normal(rng, *leading, B, M, tokens, E),
+        normal(rng, *leading, B, M, tokens, E),
+        jnp.asarray(rng.uniform(0.05, 0.3, (*leading, B, M, tokens, 3)), jnp.float32),
+        jnp.asarray(rng.uniform(0.2, 0.9, (*leading, B, M)), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradient_is_that_of_the_loss_with_a_learning_rate_for_each_token(which):
+    rng = np.random.default_rng(which)
+    matrices, chunk = random_weights(rng), random_chunk(rng)
+
+    def loss(matrix):
+        w0, w1, w2 = (matrix if i == which else w for i, w in enumerate(matrices))
+        g = jnp.einsum("bmhe,bmse->bmsh", w0, chunk.k_BMSE)
+        u = jnp.einsum("bmhe,bmse->bmsh", w2, chunk.k_BMSE)
+        f = jnp.einsum("bmeh,bmsh->bmse", w1, g / (1 + jnp.exp(-g)) * u)
+        return -jnp.sum(chunk.lr_BMS3[..., which] * jnp.sum(f * chunk.v_BMSE, axis=-1))
+
+    step = fw.to_matrices(fw.gradient(fw.from_matrices(*matrices), chunk))
+    assert relative_error(step[which], -jax.grad(loss)(matrices[which])) < 1e-5
+
+
+@functools.cache
+def scan_of(rule):
+    return jax.jit(lambda initial, chunks, queries: fw.scan_chunks(initial, chunks, queries, rule))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_scan_is_a_loop_over_chunks_heads_and_tokens(rule):
+    rng = np.random.default_rng(1)
+    matrices, chunks = random_weights(rng), random_chunk(rng, CHUNKS)
+    queries = normal(rng, CHUNKS, B, M, S, E), normal(rng, CHUNKS, B, M, 2 * S, E)
+    state, outputs = scan_of(rule)(fw.from_matrices(*matrices), chunks, queries)
+    want = [np.zeros(q.shape) for q in queries]
+    final = [np.zeros(w.shape) for w in matrices]
+    for b, m in itertools.product(range(B), range(M)):
+        initial = [np.asarray(w[b, m], np.float64) for w in matrices]
+        weights, last = initial, [np.zeros(w.shape) for w in initial]
+        for c in range(CHUNKS):
+            chunk = [np.asarray(x[c, b, m], np.float64) for x in chunks]
+            weights, last = twins.update(weights, initial, last, *chunk, rule)
+            for q, out in zip(queries, want, strict=True):
+                out[c, b, m] = twins.read(weights, np.asarray(q[c, b, m], np.float64))
+        for out, w in zip(final, weights, strict=True):
+            out[b, m] = w
+    for got, out in zip(outputs, want, strict=True):
+        assert relative_error(got, out) < 2e-5
+    for got, out, start in zip(fw.to_matrices(state.weights), final, matrices, strict=True):
+        assert relative_error(got, out) < 2e-5
+        assert relative_error(got, start) > 0.1  # or there would be nothing to see
+    assert (state.last_update is not None) == rule.momentum
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
+def test_newton_schulz_is_the_plain_iteration(shape):
+    x = np.random.default_rng(2).standard_normal((2, 3, *shape))
+    got = fw.newton_schulz(jnp.asarray(x, jnp.float32), 5)
+    want = [[twins.newton_schulz(matrix, 5) for matrix in row] for row in x]
+    assert relative_error(got, want) < 1e-5
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    rng = np.random.default_rng(3)
+    left, right = (np.linalg.qr(rng.standard_normal((8, 8)))[0] for _ in range(2))
+    x = left * np.geomspace(1, 0.05, 8) @ right
+    values = np.linalg.svd(fw.newton_schulz(jnp.asarray(1e-3 * x, jnp.float32), 5))[1]
+    assert np.all((values > 0.6) & (values < 1.25))
+
+
+def test_muon_of_a_hidden_width_below_the_head_width():
+    rng = np.random.default_rng(4)
+    update = random_weights(rng, hidden=E // 2)
+    got = fw.to_matrices(fw.muon(fw.from_matrices(*update), 5))
+    for dw, out in zip(update, got, strict=True):
+        want = [[twins.newton_schulz(np.asarray(x, np.float64), 5) for x in row] for row in dw]
+        assert relative_error(out, want) < 1e-5
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_weight_norm_keeps_the_norm_of_every_row(muon):
+    rng = np.random.default_rng(5)
+    initial = fw.from_matrices(*random_weights(rng))
+
+    def row_norms(weight_norm):
+        rule = fw.UpdateRule(muon=muon, weight_norm=weight_norm)
+        chunks = random_chunk(rng, CHUNKS)
+        state, _ = scan_of(rule)(initial, chunks, (chunks.k_BMSE,))
+        return [np.linalg.norm(w, axis=-1) for w in fw.to_matrices(state.weights)]
+
+    start = [np.linalg.norm(w, axis=-1) for w in fw.to_matrices(initial)]
+    for norm, other, before in zip(row_norms(True), row_norms(False), start, strict=True):
+        np.testing.assert_allclose(norm, before, rtol=1e-4)
+        assert np.max(np.abs(other / before - 1)) > 0.1
+
+
+def test_rows_of_zeros_have_finite_gradients():
+    """Identity weights with H > E have such rows; the norm's own gradient is NaN there."""
+    rng = np.random.default_rng(6)
+    hidden = 2 * E
+    w0 = jnp.broadcast_to(jnp.eye(hidden, E, dtype=jnp.float32), (B, M, hidden, E))
+    w1 = jnp.broadcast_to(jnp.eye(E, hidden, dtype=jnp.float32), (B, M, E, hidden))
+    chunk, q = random_chunk(rng), normal(rng, B, M, S, E)
+    rule = fw.UpdateRule()
+
+    @jax.jit
+    def output(weights, chunk):
+        initial = fw.from_matrices(*weights)
+        state = fw.update(fw.initial_state(initial, rule), chunk, initial, rule)
+        return jnp.sum(fw.read(state.weights, q) ** 2)
+
+    gradient_of = jax.jit(jax.grad(output, argnums=(0, 1)))
+    gradients = gradient_of((w0, w1, w0), chunk._replace(momentum_BM=None))
+    for gradient in jax.tree.leaves(gradients):
+        assert np.all(np.isfinite(gradient))
+    d_k = normal(rng, B, M, S, E)
+    slope = jnp.vdot(gradients[1].k_BMSE, d_k)
+    ahead, behind = (
+        output((w0, w1, w0), fw.Chunk(chunk.k_BMSE + h * d_k, chunk.v_BMSE, chunk.lr_BMS3))
+        for h in (1e-3, -1e-3)
+    )
+    np.testing.assert_allclose(slope, (ahead - behind) / 2e-3, rtol=1e-2)
+
+
+def loss_of_sequence(rule, initial, chunks, queries):
+    state, outputs = fw.scan_chunks(initial, chunks, queries, rule)
+    first = fw.read(initial, queries[0][0])
+    return sum(jnp.sum(o.astype(jnp.float32) ** 2) for o in (first, *outputs)), state
+
+
+@functools.cache
+def bfloat16_case():
+    """(rule, arguments in float32, the same with k, v and queries in bfloat16)."""
+    rng = np.random.default_rng(7)
+    initial = fw.from_matrices(*random_weights(rng))
+    chunks = random_chunk(rng, CHUNKS, tokens=64)
+    chunks = chunks._replace(lr_BMS3=chunks.lr_BMS3 / 8)
+    queries = (normal(rng, CHUNKS, B, M, S, E),)
+    half = chunks._replace(
+        k_BMSE=chunks.k_BMSE.astype(jnp.bfloat16), v_BMSE=chunks.v_BMSE.astype(jnp.bfloat16)
+    )
+    rule = fw.UpdateRule(momentum=True)
+    return rule, (initial, chunks, queries), (initial, half, (queries[0].astype(jnp.bfloat16),))
+
+
+def types(equation):
+    return tuple(v.aval.dtype for v in (*equation.invars, *equation.outvars))
+
+
+def test_bfloat16_multiplies_no_float32_matrices_in_either_direction():
+    rule, _, args = bfloat16_case()
+    grad = jax.grad(functools.partial(loss_of_sequence, rule), argnums=(0, 1, 2), has_aux=True)
+    products = dot_generals(jax.make_jaxpr(grad)(*args).jaxpr)
+    assert len(products) > 20
+    for equation in products:
+        assert all(dtype == jnp.bfloat16 for dtype in types(equation)[:2]), equation
+
+
+def test_bfloat16_sums_of_the_update_accumulate_in_float32():
+    _, _, (initial, chunks, _) = bfloat16_case()
+    chunk = jax.tree.map(lambda x: x[0], chunks)
+    step = fw.gradient(initial, chunk)
+    products = dot_generals(jax.make_jaxpr(fw.gradient)(initial, chunk).jaxpr)
+    over_tokens = [e for e in products if sorted(e.outvars[0].aval.shape[-2:]) == [E, H]]
+    assert len(over_tokens) == 3
+    assert all(types(e)[2] == jnp.float32 for e in over_tokens)
+    assert all(x.dtype == jnp.float32 for x in step)
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_weights():
+    rule, full, half = bfloat16_case()
+    value = jax.jit(
+        jax.value_and_grad(functools.partial(loss_of_sequence, rule), (0, 1), has_aux=True)
+    )
+    (loss, state), gradients = value(*full)
+    (half_loss, half_state), half_gradients = value(*half)
+    assert abs(half_loss / loss - 1) < 1e-2
+    for got, want in zip(jax.tree.leaves(half_state), jax.tree.leaves(state), strict=True):
+        assert got.dtype == jnp.float32
+        assert relative_error(got, want) < 1e-2
+    for got, want in zip(jax.tree.leaves(half_gradients), jax.tree.leaves(gradients), strict=True):
+        assert relative_error(got, want) < 3e-2
+
+
+def test_float32_products_are_exact_on_any_accelerator():
+    rule, args, _ = bfloat16_case()
+    rule = fw.UpdateRule(momentum=True, muon=True)
+    grad = jax.grad(functools.partial(loss_of_sequence, rule), argnums=(0, 1), has_aux=True)
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    for equation in dot_generals(jax.make_jaxpr(grad)(*args).jaxpr):
+        assert equation.params["precision"] == highest, equation
