@@ -22,7 +22,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -130,11 +130,12 @@ def read_video(
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # loaders run one clip a thread
+        scaler = VideoReformatter()  # keeps its tables from frame to frame
         for shown, until in _pictures(path, container, stream, start * step):
             image = None
             while (start + len(frames)) * step + _LATE_S < until and len(frames) != num_frames:
                 if image is None:
-                    image = _to_rgb(shown, height, width)
+                    image = _to_rgb(shown, scaler, height, width)
                 frames.append(image)
             if len(frames) == num_frames:
                 break
@@ -340,7 +341,9 @@ def _timestamp(frame: av.VideoFrame) -> Fraction | None:
     return None if frame.pts is None else frame.pts * frame.time_base
 
 
-def _to_rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.ndarray:
+def _to_rgb(
+    frame: av.VideoFrame, scaler: VideoReformatter, height: int | None, width: int | None
+) -> np.ndarray:
     """One decoded frame -> uint8 (H, W, 3): upright, scaled to cover, centre-cropped."""
     quarter_turns = round(frame.rotation / 90) % 4
     if height is None:
@@ -351,7 +354,9 @@ def _to_rgb(frame: av.VideoFrame, height: int | None, width: int | None) -> np.n
             height, width = width, height
         scale = max(Fraction(height, frame.height), Fraction(width, frame.width))
         scaled_height, scaled_width = round(frame.height * scale), round(frame.width * scale)
-    image = frame.to_ndarray(format="rgb24", width=scaled_width, height=scaled_height,
-                             interpolation=Interpolation.BICUBIC)
+    image = scaler.reformat(
+        frame, width=scaled_width, height=scaled_height, format="rgb24",
+        interpolation=Interpolation.BICUBIC,
+    ).to_ndarray()  # fmt: skip
     top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
     return np.rot90(image[top:top + height, left:left + width], quarter_turns)

@@ -1,5 +1,6 @@
 import fractions
 import logging
+import struct
 import wave
 
 import av
@@ -130,6 +131,24 @@ def test_resize_covers_and_crops_the_centre(tmp_path):
     assert np.abs(read[:, 2:-2, 2:-2].astype(float) - (200, 30, 30)).max() < 12
     tall = video_io.read_video(tmp_path / "a.mp4", height=64, width=16)
     assert tall.shape == (3, 64, 16, 3) and tall[..., 0].min() > 150
+
+
+def test_a_phone_held_upright_is_shown_upright(tmp_path):
+    frames = np.full((3, 32, 64, 3), 30, np.uint8)
+    frames[:, :, :32] = 220  # the left half as it is coded
+    video_io.write_video(tmp_path / "a.mp4", frames)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # of the track header: turn by 90 degrees clockwise
+    clockwise = [0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30]
+    data[matrix : matrix + 36] = struct.pack(">9i", *clockwise)
+    (tmp_path / "a.mp4").write_bytes(data)
+    for read in (
+        video_io.read_video(tmp_path / "a.mp4"),
+        video_io.read_video(tmp_path / "a.mp4", height=32, width=16),
+    ):
+        _, height, width, _ = read.shape
+        assert height == 2 * width
+        assert read[:, : height // 2 - 4].min() > 190 and read[:, height // 2 + 4 :].max() < 60
 
 
 @pytest.mark.parametrize("damage, reason", [

@@ -7,11 +7,11 @@ from typing import Any
 
 import grain
 
-from lact_jax.data import random, synthetic_dataset, video_folder
+from lact_jax.data import random_latents, synthetic_dataset, video_folder
 
 # Name -> function of (config, codec, text encoder).
 DATASETS: dict[str, Callable[..., grain.IterDataset]] = {
-    "random": random.from_config,
+    "random": random_latents.from_config,
     "synthetic": synthetic_dataset.from_config,
     "video_folder": video_folder.from_config,
 }

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from lact_jax.data import DATASETS, make_dataset, random, video_folder
+from lact_jax.data import DATASETS, make_dataset, random_latents, video_folder
 from lact_jax.data.listing import list_clips
 from lact_jax.data.video_folder import Options
 from lact_jax.video_io import read_video, write_video
@@ -293,7 +293,7 @@ def test_random_batches_have_the_configured_shapes_and_resume():
 
 
 def test_random_batches_differ_between_processes_and_seeds():
-    base = random.Options(batch_size=1, latent_shape=(1, 2, 2, 3), text_shape=(2, 3))
+    base = random_latents.Options(batch_size=1, latent_shape=(1, 2, 2, 3), text_shape=(2, 3))
     changed = [base] + [dataclasses.replace(base, **c) for c in ({"seed": 1}, {"process_index": 1})]
-    drawn = [next(iter(random.make(o)))["latent"].tobytes() for o in changed]
+    drawn = [next(iter(random_latents.make(o)))["latent"].tobytes() for o in changed]
     assert len(set(drawn)) == 3
