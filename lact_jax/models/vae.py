@@ -48,7 +48,8 @@ class VAEConfig:
     """Sizes of the VAE; the defaults are Wan2.1's.
 
     Attributes:
-      dim: width of the level of full resolution; level i is dim * dim_mult[i] wide.
+      dim: width the encoder starts with; level i, from full resolution down, is
+        dim * dim_mult[i] wide.
       z_dim: latent channels; `latent_mean` and `latent_std` hold one value for each.
       num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
       temporal_downsample: for each of the three halvings, from full resolution down, whether it
@@ -104,7 +105,7 @@ class BlockSpec(NamedTuple):
 
 def encoder_plan(config: VAEConfig) -> tuple[BlockSpec, ...]:
     """The encoder's blocks in order: residual blocks level by level, a halving between levels."""
-    plan, width = [], config.widths[0]
+    plan, width = [], config.dim
     for level, out_width in enumerate(config.widths):
         for place in range(config.num_res_blocks):
             plan.append(BlockSpec("residual", level, place, width, out_width))
@@ -155,7 +156,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         make = dict(dtype=config.dtype, rngs=rngs)
-        self.conv_in = causal_conv(3, config.widths[0], **make)
+        self.conv_in = causal_conv(3, config.dim, **make)
         self.blocks = _numbered(_build(spec, **make) for spec in encoder_plan(config))
         self.middle = _middle(config.widths[-1], **make)
         self.head = NormSiluConv(config.widths[-1], 2 * config.z_dim, **make)
