@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from convert_fixtures import (
     write_pt,
     write_wan,
 )
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from lact_jax.convert import (
     Export,
@@ -33,7 +37,11 @@ from lact_jax.convert import (
 )
 from lact_jax.convert.components import COMPONENTS
 from lact_jax.convert.fresh import fresh_values
+from lact_jax.parity_cases import model_config
+from lact_jax.umt5_weights import config_to_transformers
 from lact_jax.wan_weights import params_to_torch
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def silent(_):
@@ -210,3 +218,51 @@ def _back(name, config, params):
         value = np.asarray(value) if entry.layer is None else np.asarray(value)[entry.layer]
         tensors[entry.name] = np.ascontiguousarray(entry.to_torch(value))
     return tensors
+
+
+def test_shards_without_an_index_and_single_files(wan, tmp_path):
+    """The folder's index may be missing; a file may be given, and the names of diffusers."""
+    root, tensors = wan
+    shutil.copytree(root / "src", tmp_path / "src")
+    (tmp_path / "src" / f"{STEM}.safetensors.index.json").unlink()
+    import_checkpoint(Import(tmp_path / "src", tmp_path / "a"), log=silent)
+    renamed = random_tensors("dit", PLAIN, "diffusers")
+    assert renamed.keys() != tensors.keys()
+    write_wan(tmp_path / "b", renamed, config_json=None)
+    options = parse_options("num_heads=2,text_len=6", None)
+    task = Import(tmp_path / "b" / f"{STEM}.safetensors", tmp_path / "c", options=options)
+    import_checkpoint(task, log=silent)
+    for folder in ("a", "c"):
+        params = load_dit(tmp_path / folder, PLAIN, dtype=BF16)
+        assert_same(params_to_torch(params, PLAIN), tensors)
+
+
+def test_official_lact_names(tmp_path):
+    """The parameters of a golden case, as the official code names them."""
+    with safe_open(GOLDEN / "train_repeat1.safetensors", "numpy") as file:
+        official = json.loads(file.metadata()["config"])
+        names = [name for name in file.keys() if name.startswith("param.")]
+        tensors = {name.removeprefix("param."): file.get_tensor(name) for name in names}
+    write_pt(tmp_path / "src" / "model.pt", tensors, WRAPPED["wrapped"])
+    options = parse_options(f"num_heads={official['num_heads']}", None)
+    import_checkpoint(Import(tmp_path / "src", tmp_path / "out", options=options), log=silent)
+    assert not manifest(tmp_path / "out")["components"]["dit"]["fresh"]
+    config = model_config(official)
+    assert_same(params_to_torch(load_dit(tmp_path / "out", config), config), tensors)
+
+
+def test_a_tensor_under_two_names_is_used_once_and_told(tmp_path):
+    """transformers may save the shared embedding a second time."""
+    text = random_tensors("text", TEXT, "diffusers")
+    home = tmp_path / "src" / "text_encoder"
+    home.mkdir(parents=True)
+    alias = "encoder.embed_tokens.weight"
+    save_file(text | {alias: text["shared.weight"]}, home / "model.safetensors")
+    (home / "config.json").write_text(json.dumps(config_to_transformers(TEXT)))
+    lines = []
+    import_checkpoint(Import(tmp_path / "src", tmp_path / "out"), log=lines.append)
+    assert f"text: not used: {alias}: the same as shared.weight" in lines
+    assert any("has no tokenizer" in line for line in lines)
+    assert manifest(tmp_path / "out")["components"]["text"]["not_used"] == [alias]
+    export_checkpoint(Export(tmp_path / "out", tmp_path / "back", "diffusers"), log=silent)
+    assert_same(read_all([tmp_path / "back" / "text_encoder" / "model.safetensors"]), text)
