@@ -30,6 +30,7 @@ STEP = flags.DEFINE_integer("step", None, "Of a training run; default: the newes
 
 
 def run() -> int:
+    """What the flags say: one conversion. Returns the exit status."""
     only = None if ONLY.value is None else tuple(ONLY.value)
     common = dict(
         src=SRC.value, dst=DST.value, only=only, dtype=DTYPE.value, overwrite=OVERWRITE.value

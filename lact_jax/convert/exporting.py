@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lact_jax.convert import destination, layouts, shards, sizes
 from lact_jax.convert.components import COMPONENTS, Entry, torch_shape, vae_to_diffusers_json
-from lact_jax.convert.errors import ConversionError
+from lact_jax.convert.errors import ConversionError, in_few_lines
 from lact_jax.convert.importing import Log, copy_files
 from lact_jax.convert.matching import parse_dtype
 from lact_jax.convert.origins import Origin, find_origin
@@ -87,8 +87,8 @@ def export_checkpoint(task: Export, dry_run: bool = False, log: Log = print) -> 
     dtype = parse_dtype(task.dtype)
     tensors = {name: _tensors(name, origin, task.to, dtype) for name in names}
     for name in names:
-        for tensor in tensors[name]:
-            log(f"{name}: {tensor.name}: {tensor.dtype} {tensor.shape}")
+        for line in in_few_lines((t.name, f"{t.dtype} {t.shape}") for t in tensors[name]):
+            log(f"{name}: {line}")
     nbytes = sum(tensor.nbytes for part in tensors.values() for tensor in part)
     log(f"{origin.description}: {', '.join(names)}, {nbytes / 1e9:.2f} GB")
     if dry_run:

@@ -60,10 +60,12 @@ class Plan:
 
     @property
     def fresh(self) -> list[str]:
+        """The parameters that are drawn, "blocks/0/self_attn/w0"."""
         return ["/".join(t.path) for t in self.targets if not t.sources]
 
     @property
     def nbytes(self) -> int:
+        """The size of all parameters as they are stored."""
         return sum(target.nbytes for target in self.targets)
 
 

@@ -49,6 +49,7 @@ class Target:
 
     @property
     def nbytes(self) -> int:
+        """Its size as it is stored."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def read(self, layer: int | None) -> np.ndarray:

@@ -31,6 +31,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Its size in the file."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 

@@ -45,6 +45,7 @@ class Streamed:
 
     @property
     def nbytes(self) -> int:
+        """Its size."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
@@ -114,7 +115,7 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
     async def deserialize(self, infos, args=None) -> list[Streamed]:
         """See TypeHandler: nothing is read before a leaf is asked for a piece."""
         del args
-        return [_lazy(await _open_to_read(info)) for info in infos]
+        return [_lazy(await _open_to_read(info), Path(info.parent_dir)) for info in infos]
 
 
 async def _open_to_write(value: Streamed, info) -> ts.TensorStore:
@@ -137,18 +138,22 @@ async def _open_to_read(info) -> ts.TensorStore:
     return await ts.open(ts.Spec(spec), open=True, context=info.ts_context)
 
 
-def _lazy(store: ts.TensorStore) -> Streamed:
+def _lazy(store: ts.TensorStore, folder: Path) -> Streamed:
     """Reads by layers; layers that share chunks are read together and kept until others are."""
     held: dict[int, np.ndarray] = {}
 
+    def values(part: ts.TensorStore) -> np.ndarray:
+        with reading_errors(folder):
+            return part.read().result()
+
     def read(layer: int | None) -> np.ndarray:
         if layer is None:
-            return store.read().result()
+            return values(store)
         together = store.chunk_layout.read_chunk.shape[0]
         start = layer - layer % together
         if start not in held:
             held.clear()
-            held[start] = store[start : min(start + together, store.shape[0])].read().result()
+            held[start] = values(store[start : min(start + together, store.shape[0])])
         return held[start][layer - start]
 
     return Streamed(store.shape, store.dtype.numpy_dtype, False, read)

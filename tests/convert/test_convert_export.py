@@ -138,6 +138,16 @@ def test_sources_that_hold_no_weights(tmp_path):
         export_checkpoint(Export(out, tmp_path / "again", "wan"), log=silent)
 
 
+def test_a_damaged_checkpoint_is_named_and_nothing_is_left(tmp_path):
+    write_wan(tmp_path / "src", random_tensors("dit", PLAIN))
+    import_checkpoint(Import(tmp_path / "src", tmp_path / "orbax"), log=silent)
+    for file in (tmp_path / "orbax" / "dit" / "ocdbt.process_0" / "d").iterdir():
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ConversionError, match="orbax/dit: not a complete Orbax checkpoint"):
+        export_checkpoint(Export(tmp_path / "orbax", tmp_path / "out", "wan"), log=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["orbax", "src"]
+
+
 def test_shards_are_cut_by_size_and_large_tensors_stand_alone(tmp_path):
     def tensor(name, size):
         value = np.arange(size, dtype=np.float32)
