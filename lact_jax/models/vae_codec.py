@@ -4,7 +4,7 @@ Letters: B batch, T frames, H, W pixels, F latent frames, h, w latent pixels, C 
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +47,23 @@ def to_uint8(video_BTHW3):
 
 
 def default_latents_per_call(config: VAEConfig, height: int, width: int) -> int:
-    """As many latent frames as keep the widest activation (frames about to be halved in channels at
-    full resolution) within MAX_ACTIVATION elements: 4 at 480x832, and at least 1.
+    """How many latent frames of one clip go through at a time: 4 at 480x832, and at least 1.
+
+    So many that the widest activation, the decoder's frames at full resolution before their
+    channels are halved, stays within MAX_ACTIVATION elements.
     """
     widest = TEMPORAL_STRIDE * height * width * config.widths[1]
     return max(1, MAX_ACTIVATION // widest)
 
 
+@lru_cache
+def _split(config: VAEConfig):
+    return nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
+
+
 def abstract_vae(config: VAEConfig):
     """(graphdef, nested dict of `jax.ShapeDtypeStruct`) of a WanVAE, with nothing allocated."""
-    vae = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(vae)
+    graphdef, state = _split(config)
     return graphdef, nnx.to_pure_dict(state)
 
 
@@ -96,7 +102,8 @@ class WanCodec:
       params: nested dict of the WanVAE's arrays, as `nnx.to_pure_dict` gives it.
       config: sizes and dtype.
       latents_per_call: latent frames that go through the network at a time when a whole clip is
-        coded; None for `default_latents_per_call`. More take more memory, for the same result.
+        coded. More take more memory, for the same result. None for `default_latents_per_call`,
+        shared among the clips of a batch; clips that are too many for that go one by one.
       tiling: cut frames into tiles (of the default size with `Tiling()`); None for whole frames.
 
     Raises:
@@ -124,8 +131,8 @@ class WanCodec:
         jit = partial(jax.jit, compiler_options=compiler_options())
         self._encode_chunk = jit(lambda params, *args: self._steps(params)[0](*args))
         self._decode_chunk = jit(lambda params, *args: self._steps(params)[1](*args))
-        self._encode = jit(partial(self._whole, 0, TEMPORAL_STRIDE), static_argnums=2)
-        self._decode = jit(partial(self._whole, 1, 1), static_argnums=2)
+        self._encode = jit(partial(self._whole, 0, TEMPORAL_STRIDE), static_argnums=(2, 3))
+        self._decode = jit(partial(self._whole, 1, 1), static_argnums=(2, 3))
 
     def _steps(self, params):
         """The two streaming steps, on uint8 frames, with these parameters."""
@@ -144,28 +151,35 @@ class WanCodec:
 
         return encode_uint8, decode_uint8
 
-    def _whole(self, which, stride, params, x_BT, latents_per_call):
-        return over_chunks(self._steps(params)[which], x_BT, latents_per_call, stride=stride)
+    def _whole(self, which, stride, params, x_BT, latents_per_call, one_by_one):
+        step = self._steps(params)[which]
+        run = partial(over_chunks, step, latents_per_call=latents_per_call, stride=stride)
+        if not one_by_one:
+            return run(x_BT)
+        return jax.lax.map(lambda x_T: run(x_T[None])[0], x_BT)
 
-    def _calls(self, height: int, width: int) -> int:
-        """Latent frames a call, for frames of these many pixels."""
+    def _cut(self, batch: int, height: int, width: int) -> tuple[int, bool]:
+        """(latent frames a call, whether clips go one by one) for clips of these many pixels."""
         if self._latents_per_call is not None:
-            return self._latents_per_call
+            return self._latents_per_call, False
         if self._tiling is not None:
             tile = (SPATIAL_STRIDE * side for side in self._tiling.tile)
             height, width = map(min, (height, width), tile)
-        return default_latents_per_call(self.config, height, width)
+        fitting = default_latents_per_call(self.config, height, width)
+        return (fitting // batch, False) if batch <= fitting else (fitting, True)
 
     def encode(self, frames_BTHW3) -> jax.Array:
         """The normalised latent (B,F,H/8,W/8,C) float32 of whole clips, uint8 with T = 1 + 4k."""
         self._check_frames(frames_BTHW3, first=True)
-        return self._encode(self._params, frames_BTHW3, self._calls(*frames_BTHW3.shape[2:4]))
+        batch, _, height, width, _ = frames_BTHW3.shape
+        return self._encode(self._params, frames_BTHW3, *self._cut(batch, height, width))
 
     def decode(self, latent_BFhwC) -> jax.Array:
         """The uint8 frames (B,1+4(F-1),8h,8w,3) of whole clips."""
         self._check_latent(latent_BFhwC)
-        height, width = (SPATIAL_STRIDE * side for side in latent_BFhwC.shape[2:4])
-        return self._decode(self._params, latent_BFhwC, self._calls(height, width))
+        batch, _, *sides, _ = latent_BFhwC.shape
+        cut = self._cut(batch, *(SPATIAL_STRIDE * side for side in sides))
+        return self._decode(self._params, latent_BFhwC, *cut)
 
     def init_encode(self, batch: int, height: int, width: int) -> None:
         """The carry at the start of a video of these pixel sizes: None, whatever they are."""

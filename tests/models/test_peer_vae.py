@@ -17,7 +17,7 @@ from lact_jax.vae_weights import TRANSFORMS, rows
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIGS = {
-    "wan": dataclasses.replace(TINY, dim_mult=(1, 2, 4, 4), num_res_blocks=2),
+    "wan": dataclasses.replace(TINY, dim_mult=(1, 2, 4, 4)),
     "other": dataclasses.replace(
         TINY,
         dim=6,

@@ -86,6 +86,16 @@ def test_default_latents_per_call_bounds_the_widest_activation():
     assert 4 * 240 * 416 * 192 * pick(240, 416) < 2**31
 
 
+def test_clips_too_many_for_one_call_go_one_by_one(monkeypatch):
+    latent = random_array(81, 3, 2, 2, 2, 16)
+    together = WanCodec(random_params(TINY, 4), TINY, latents_per_call=2).decode(latent)
+    monkeypatch.setattr("lact_jax.models.vae_codec.MAX_ACTIVATION", 2 * 4 * 16 * 16 * 8)
+    alone = WanCodec(random_params(TINY, 4), TINY)
+    assert alone._cut(2, 16, 16) == (1, False) and alone._cut(3, 16, 16) == (2, True)
+    difference = np.asarray(alone.decode(latent), int) - np.asarray(together)
+    assert np.abs(difference).max() <= 1 and np.mean(difference != 0) < 1e-3
+
+
 @pytest.mark.parametrize(
     "frames, message",
     [
