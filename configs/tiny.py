@@ -1,5 +1,7 @@
 """The demo: two CPU cores, a few minutes, clips of 81 frames at 64 x 64 made by the project."""
 
+from ml_collections import ConfigDict
+
 from lact_jax.config import default
 
 
@@ -36,6 +38,8 @@ def get_config():
         num_threads=2,
         cache_in_memory=True,
     )
+
+    config.data.options = ConfigDict({"num_shapes": 288, "num_rings": 96, "seed": 0})
 
     config.train.update(
         steps=450,

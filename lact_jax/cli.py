@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from lact_jax.checkpoint_tree import CheckpointError
 from lact_jax.workdir import WorkdirError
@@ -27,6 +28,7 @@ def use_compilation_cache() -> None:
 def finish(main: Callable[[], int]) -> None:
     """Runs `main` and exits with its status; an expected error ends with its message and 1."""
     use_compilation_cache()
+    logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about each checkpoint
     try:
         status = main()
     except EXPECTED as error:

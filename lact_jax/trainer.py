@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lact_jax import encoders
@@ -49,8 +50,9 @@ class BatchEncoder:
         return self._place(latent), self._place(text)
 
     def _place(self, x) -> jax.Array:
-        local = np.asarray(x, np.float32)
-        return jax.make_array_from_process_local_data(self._sharding, local)
+        if jax.process_count() == 1:
+            return jax.device_put(jnp.asarray(x, jnp.float32), self._sharding)
+        return jax.make_array_from_process_local_data(self._sharding, np.asarray(x, np.float32))
 
 
 class Log:

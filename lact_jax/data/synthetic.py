@@ -27,7 +27,7 @@ from lact_jax.video_io import replacing, write_video
 SPLITS = ("train", "held_out")
 MANIFEST = "manifest.json"
 CAPTIONS = "captions.jsonl"
-_VERSION = 1  # of the drawing: a folder of another version is not taken for this one
+_VERSION = 2  # of the drawing: a folder of another version is not taken for this one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,27 @@
+"""The demo's data on a GPU: ten minutes on an H200 or H100."""
+
+from ml_collections import ConfigDict
+
+from configs.tiny import get_config as tiny
+
+
+def get_config():
+    config = tiny()
+    config.model.update(
+        dim=256, ffn_dim=1024, num_heads=4, num_layers=6, remat="none", dtype="bfloat16"
+    )
+    config.model.lact.update(fw_head_dim=64)
+    config.data.update(path="runs/data/synthetic_1536", batch_size=32, num_threads=8)
+    config.data.options = ConfigDict({"num_shapes": 1152, "num_rings": 384, "seed": 0})
+    config.train.update(
+        steps=5000,
+        lr=1e-3,
+        warmup_steps=200,
+        ema_decay=0.998,
+        save_every=2500,
+        keep_last=5000,
+        log_every=50,
+        plot_every=1000,
+    )
+    config.sample.update(steps=50, guidance_scale=3.0)
+    return config
