@@ -15,20 +15,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lact_jax.models.layers import linear
+from lact_jax.ops.attention import attend
+from lact_jax.ops.numerics import matmul_precision
 
 HISTORY = 2  # frames of the past that a causal convolution of 3 taps looks at
 
 
 def conv(features, kernel_size, padding, *, dtype, rngs, strides=1):
     """An `nnx.Conv` from features[0] to features[1] channels: float32 parameters, `dtype` math."""
-    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     return nnx.Conv(
         *features,
         kernel_size,
         strides,
         padding=padding,
         dtype=dtype,
-        precision=precision,
+        precision=matmul_precision(dtype),
         rngs=rngs,
     )
 
@@ -127,8 +128,7 @@ class FrameAttention(nnx.Module):
         batch, frames, height, width, channels = x_BTHWC.shape
         qkv = self.qkv(self.norm(x_BTHWC).astype(self.dtype))
         qkv = qkv.reshape(batch * frames, height * width, 1, 3 * channels)
-        # The head is 384 wide, beyond what cuDNN's attention takes, and its cost is nothing here.
-        y = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1), implementation="xla")
+        y = attend(*jnp.split(qkv, 3, axis=-1))
         return carry, x_BTHWC + self.proj(y.reshape(x_BTHWC.shape))
 
 
