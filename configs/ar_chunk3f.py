@@ -4,6 +4,8 @@ The recipe of the official config `ar_chunk3f` (REFERENCE figures: full width, w
 inside a chunk and to the one before, fast weights of 2 heads of 768 for all that is older).
 """
 
+from ml_collections import ConfigDict
+
 from lact_jax.config import default
 
 
@@ -25,8 +27,12 @@ def get_config():
         drop_text_prob=0.1,
     )
 
+    # The VAE and the text encoder come from the converted folder that --config.init_from names.
+    folder = config.get_ref("init_from")
     config.codec.name = "wan"
+    config.codec.options = ConfigDict({"path": folder, "dtype": "bfloat16", "tiled": False})
     config.text.name = "umt5"
+    config.text.options = ConfigDict({"path": folder, "cache_dir": "runs/cache/umt5"})
     config.data.update(
         name="video_folder", num_frames=81, height=480, width=832, fps=16.0, batch_size=1
     )

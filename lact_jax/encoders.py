@@ -15,6 +15,7 @@ import numpy as np
 
 from lact_jax.models.block_codec import BlockCodec
 from lact_jax.models.word_text import WordTextEncoder
+from lact_jax.wan_encoders import umt5_text_encoder, wan_codec
 
 
 class VideoCodec(Protocol):
@@ -53,9 +54,11 @@ class TextEncoder(Protocol):
 # Name -> constructor, taking keyword options.
 CODECS: dict[str, Callable[..., VideoCodec]] = {
     "pca": BlockCodec,
+    "wan": wan_codec,
 }
 TEXT_ENCODERS: dict[str, Callable[..., TextEncoder]] = {
     "words": WordTextEncoder,
+    "umt5": umt5_text_encoder,
 }
 
 

@@ -19,7 +19,7 @@ from lact_jax.workdir import flat_config
 
 # What a checkpoint was trained with must be what it is sampled with.
 MUST_AGREE = ("model", "codec", "text", "objective.frames_per_chunk")
-MAY_DIFFER = ("model.remat", "model.dtype")
+MAY_DIFFER = ("model.remat", "model.dtype", "codec.options.path", "text.options.path")
 
 
 def generate(

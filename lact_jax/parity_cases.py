@@ -4,18 +4,25 @@ Every function yields (name, value, expected, tolerance) for each result; tolera
 golden/README.md gives. Letters as in objective.py and fast_weights.py.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import nnx
+from flax.traverse_util import unflatten_dict
 
+from lact_jax import umt5_weights, vae_weights
 from lact_jax.diffusion import flow
 from lact_jax.diffusion.sampler import SamplerConfig, guide, sample_chunks
 from lact_jax.diffusion.solvers import make_schedule
 from lact_jax.models.dit import DiTConfig, bind
 from lact_jax.models.lact import LaCTConfig
+from lact_jax.models.umt5 import UMT5Config, umt5_encode
+from lact_jax.models.vae import VAEConfig
+from lact_jax.models.vae_codec import abstract_vae
 from lact_jax.objective import (
     Draws,
     ObjectiveConfig,
@@ -30,7 +37,7 @@ from lact_jax.wan_weights import params_from_torch, params_to_torch
 FORWARD, WEIGHTS = 1e-5, 2e-4
 OP_GRADIENT, OP_GRADIENT_MUON = 1e-5, 1e-4
 TRAIN_GRADIENT, TRAIN_GRADIENT_OWN_WEIGHTS = 5e-4, 1e-4
-ROLLOUT, EXACT = 1e-4, 0.0
+ROLLOUT, EXACT, TEXT = 1e-4, 0.0, 2e-6
 
 Computed = Iterator[tuple[str, object, object, float]]
 W_INIT_NAMES = {"clean": "normal", "identity": "identity"}
@@ -42,8 +49,8 @@ def _group(tensors: dict, prefix: str) -> dict[str, np.ndarray]:
 
 def model_config(config: dict) -> DiTConfig:
     """The model of a case, from the official options in its header."""
-    sizes = {k: config[k] for k in
-             ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len")}  # fmt: skip
+    names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len")
+    sizes = {name: config[name] for name in names}
     common = dict(
         sizes,
         latent_channels=config["in_dim"],
@@ -293,6 +300,37 @@ def flow_tables(config: dict, tensors: dict) -> Computed:
             yield f"out.{name}", flow.logit_normal_weight(u, std), expected, WEIGHTS
 
 
+# kind: vae, umt5
+
+
+def vae(config: dict, tensors: dict) -> Computed:
+    """The Wan VAE: normalised latent of a video, and the unclamped decoding of that latent."""
+    sizes = {name: config[name] for name in ("dim", "z_dim", "num_res_blocks")}
+    tuples = {name: tuple(config[name]) for name in ("dim_mult", "temporal_downsample")}
+    cfg = VAEConfig(**sizes, **tuples, dtype="float32")
+    given = _group(tensors, "param.")
+    flat = {
+        row.jax: jnp.asarray(vae_weights.TRANSFORMS[row.transform].to_jax(given[row.wan]))
+        for row in vae_weights.rows(cfg)
+    }
+    model = nnx.merge(abstract_vae(cfg)[0], unflatten_dict(flat, sep="/"))
+    video, latent = (np.moveaxis(tensors[name], 1, -1) for name in ("in.video", "out.latent"))
+    encoded = jax.jit(model.encode_chunk)(None, video)[1]
+    decoded = jax.jit(model.decode_chunk)(None, latent)[1]
+    yield "out.latent", encoded, latent, FORWARD
+    yield "out.video", np.moveaxis(np.asarray(decoded), -1, 1), tensors["out.video"], FORWARD
+
+
+def umt5(config: dict, tensors: dict) -> Computed:
+    """The text encoder: embeddings, zero after the text's end."""
+    fields = {field.name for field in dataclasses.fields(UMT5Config)}
+    cfg = UMT5Config(**{name: value for name, value in config.items() if name in fields})
+    table = umt5_weights.rows(cfg, "wan")
+    params = params_from_torch(_group(tensors, "param."), cfg, table)
+    ids, mask = (tensors[name].astype(np.int32) for name in ("in.ids", "in.mask"))
+    yield "out.embeds", umt5_encode(cfg, params, ids, mask), tensors["out.embeds"], TEXT
+
+
 KINDS = {
     "fast_weights": fast_weights,
     "train": train,
@@ -300,4 +338,6 @@ KINDS = {
     "wan_forward": wan_forward,
     "solver": solver,
     "flow_tables": flow_tables,
+    "vae": vae,
+    "umt5": umt5,
 }

@@ -13,10 +13,12 @@ import numpy as np
 from lact_jax import encoders
 from lact_jax.checkpoint import Checkpointer
 from lact_jax.config import Config
+from lact_jax.convert.load import load_dit
 from lact_jax.data import make_dataset
 from lact_jax.interrupt import leave_on_signal
 from lact_jax.models.dit import abstract_params
 from lact_jax.objective import split_chunks
+from lact_jax.optim import merge
 from lact_jax.run_logging import MetricsWriter, ProgressBar, write_curves
 from lact_jax.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from lact_jax.train_state import TrainState, init_state, make_train_step
@@ -27,6 +29,7 @@ from lact_jax.workdir import open_workdir
 MAY_DIFFER = (
     "train.steps", "train.save_every", "train.keep_last", "train.log_every", "train.plot_every",
     "data.num_threads", "data.cache_in_memory", "data.path", "sample.*", "wandb.*", "mesh.*",
+    "init_from", "codec.options.path", "text.options.path", "text.options.cache_dir",
 )  # fmt: skip
 BAR = ("loss", "lr", "grad_norm")
 
@@ -159,13 +162,25 @@ class _Run:
         abstract = jax.eval_shape(lambda: init_state(config))
         shardings = state_shardings(self.mesh, abstract, abstract_params(config.model))
         if self.checkpoints.latest_step() is None:
-            return jax.jit(lambda: init_state(config), out_shardings=shardings)()
+            return self._first_state(shardings)
         wanted = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         state, data_state, _ = self.checkpoints.restore(wanted)
         self.batches.set_state(data_state)
         return state
+
+    def _first_state(self, shardings: TrainState) -> TrainState:
+        """The state at step 0, from `init_from` where it is given; LaCT's new parameters, which a
+        plain Wan does not have, are drawn from the run's seed."""
+        config = self.config
+        if not config.init_from:
+            return jax.jit(lambda: init_state(config), out_shardings=shardings)()
+        placed = merge(shardings.params, shardings.frozen)
+        key = jax.random.key(config.seed)
+        params = load_dit(config.init_from, config.model, placed, key)
+        make = jax.jit(lambda p: init_state(config, p), out_shardings=shardings, donate_argnums=0)
+        return make(params)
 
     def loop(self, interrupt) -> None:
         """Steps until done or interrupted; saves on the way and at the end."""

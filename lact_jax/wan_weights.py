@@ -8,9 +8,9 @@ layout changes:
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -182,13 +182,17 @@ def _put(params: dict, path: Path, value) -> None:
     params[path[-1]] = value
 
 
-def params_from_torch(tensors: Mapping[str, np.ndarray], config: DiTConfig) -> dict:
+def params_from_torch(
+    tensors: Mapping[str, np.ndarray], config: Any, table: Sequence[Row] | None = None
+) -> dict:
     """Official tensors as a parameter dict. All must be there, and no others.
+
+    `table` is the DiT's by default; another network's (umt5_weights) goes with its own config.
 
     Raises:
       ValueError: lists every missing and every unexpected tensor.
     """
-    table = rows(config)
+    table = rows(config) if table is None else table
     names = {row.torch_name for row in table}
     if names != tensors.keys():
         raise ValueError(

@@ -257,7 +257,17 @@ def load_text(
 
     Raises as `load_dit`.
     """
+    config = text_config(folder, param_dtype, compute_dtype)
+    return config, _load_whole(Path(folder), "text", config, shardings)
+
+
+def text_config(
+    folder: str | Path, param_dtype: str = "bfloat16", compute_dtype: str = "bfloat16"
+) -> UMT5Config:
+    """The config of a converted folder's text encoder, without its parameters.
+
+    Raises as `load_dit`.
+    """
     part = _component(Path(folder), "text")
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-    config = COMPONENTS["text"].from_json({**part["config"], **dtypes})
-    return config, _load_whole(Path(folder), "text", config, shardings)
+    return COMPONENTS["text"].from_json({**part["config"], **dtypes})
