@@ -24,7 +24,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -118,26 +118,25 @@ class Clip:
 class ClipWriter:
     """Takes the frames of one clip piece by piece; comes from `Gallery.open_clip`."""
 
-    def __init__(self) -> None:
-        self._pieces: list[np.ndarray] = []
+    def __init__(self, video: video_io.VideoWriter, stills: Sequence[int]) -> None:
+        self._video, self._wanted = video, frozenset(stills)
+        self._stills: list[np.ndarray] = []
 
     def write(self, frames_THW3: np.ndarray) -> None:
-        """Appends uint8 (T, H, W, 3); T may be 0. Raises ValueError where (H, W, 3) changes."""
-        if self._pieces and frames_THW3.shape[1:] != self._pieces[0].shape[1:]:
-            raise ValueError(
-                f"frames of {frames_THW3.shape[1:]} after frames of {self._pieces[0].shape[1:]} "
-                "in one clip"
-            )
-        self._pieces.append(frames_THW3)
+        """Encodes uint8 (T, H, W, 3); T may be 0. Errors as `VideoWriter.write`."""
+        first = self._video.num_frames
+        self._video.write(frames_THW3)
+        picked = [i for i in range(len(frames_THW3)) if first + i in self._wanted]
+        self._stills += [np.array(frames_THW3[i]) for i in picked]
 
     @property
     def num_frames(self) -> int:
         """How many frames were written so far."""
-        return sum(len(piece) for piece in self._pieces)
+        return self._video.num_frames
 
-    def frames(self) -> np.ndarray:
-        """All that was written, uint8 (T, H, W, 3); there must be some."""
-        return np.concatenate(self._pieces)
+    def stills(self) -> np.ndarray:
+        """The frames for the contact sheet, uint8 (n, H, W, 3)."""
+        return np.stack(self._stills)
 
 
 class Gallery:
@@ -203,14 +202,15 @@ class Gallery:
             raise ValueError(f"a clip has at least one frame, got num_frames={num_frames}")
         index, self._opened = self._opened, self._opened + 1
         name = clip_name(index, prompt)
-        writer = ClipWriter()
-        yield writer
-        if writer.num_frames != num_frames:
-            raise ValueError(f"{name}: {writer.num_frames} frames written, {num_frames} announced")
-        frames_THW3 = writer.frames()
-        video_io.write_video(self.out / name, frames_THW3, fps=self.fps)
         shown = np.linspace(0, num_frames - 1, min(self.columns, num_frames)).round().astype(int)
-        self._clips[index] = Clip(name, prompt, num_frames, frames_THW3[shown])
+        with video_io.open_video(self.out / name, fps=self.fps) as video:
+            writer = ClipWriter(video, shown.tolist())
+            yield writer
+            if writer.num_frames != num_frames:
+                raise ValueError(
+                    f"{name}: {writer.num_frames} frames written, {num_frames} announced"
+                )
+        self._clips[index] = Clip(name, prompt, num_frames, writer.stills())
         self._write_lists()
 
     def add(self, prompt: str, frames_THW3: np.ndarray) -> None:

@@ -222,7 +222,7 @@ def test_senseless_arguments(tmp_path, options):
 @pytest.mark.parametrize("frames, reason", [
     (np.zeros((2, 32, 32, 3), np.float32), "float32"),
     (np.zeros((2, 32, 32), np.uint8), "uint8"),
-    (np.zeros((0, 32, 32, 3), np.uint8), "0 frames"),
+    (np.zeros((0, 32, 32, 3), np.uint8), "at least one frame"),
     (np.zeros((2, 31, 32, 3), np.uint8), "31x32"),
 ])
 def test_frames_that_cannot_be_written(tmp_path, frames, reason):
@@ -261,3 +261,14 @@ def test_png_is_lossless(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
     video_io.write_png(tmp_path / "a.png", image)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), image)
+
+
+def test_a_video_written_in_pieces_has_the_same_bytes(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), np.uint8)
+    video_io.write_video(tmp_path / "whole.mp4", frames)
+    with video_io.open_video(tmp_path / "pieces.mp4") as writer:
+        for piece in np.split(frames, [1, 1, 4]):
+            writer.write(piece)
+        hidden = [p.name for p in tmp_path.iterdir()]
+        assert "pieces.mp4" not in hidden  # not there until it is whole
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
