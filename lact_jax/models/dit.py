@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.tree_util import keystr
 
 from lact_jax.models import layers
 from lact_jax.models.full_attention import FullAttention
@@ -418,9 +419,30 @@ def abstract_params(config: DiTConfig) -> dict:
     return nnx.to_pure_dict(_graph(config)[1])
 
 
+def _check_fit(expected: dict, params: dict) -> None:
+    want, have = (
+        {keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, params))
+    )
+    shapes = {f"{n} {have[n]}, not {want[n]}" for n in want.keys() & have if want[n] != have[n]}
+    problems = {
+        "missing": want.keys() - have.keys(),
+        "unexpected": have.keys() - want.keys(),
+        "of another shape": shapes,
+    }
+    if any(problems.values()):
+        listed = (f"{what}: {', '.join(sorted(n))}" for what, n in problems.items() if n)
+        raise ValueError(f"parameters that don't fit the model are {'; '.join(listed)}")
+
+
 def bind(config: DiTConfig, params: dict) -> DiT:
-    """The model with these parameters."""
+    """The model with these parameters.
+
+    Raises:
+      ValueError: lists the parameters that are missing, unexpected or of another shape.
+    """
     graphdef, state = _graph(config)
+    _check_fit(nnx.to_pure_dict(state), params)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
