@@ -64,6 +64,16 @@ class DataConfig:
     num_threads: int = 4
     cache_in_memory: bool = False
 
+    def __post_init__(self):
+        for name in ("num_frames", "height", "width", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if self.fps <= 0 or self.num_threads < 0:
+            raise ValueError(
+                f"data.fps={self.fps}, data.num_threads={self.num_threads}: frames a second are "
+                "positive, and threads not negative"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig(OptimConfig):
@@ -189,6 +199,11 @@ def parse(config: Mapping) -> Config:
     model = tree.get("model", {})
     if isinstance(model.get("lact"), Mapping):
         cycle = model.pop("lact_cycle", ()) or ({},)
+        if not all(isinstance(changes, Mapping) for changes in cycle):
+            raise ValueError(
+                f"config key model.lact_cycle={cycle!r}: expected a tuple of dicts, each with what "
+                "its layers change in model.lact"
+            )
         model["lact"] = tuple(
             _build(LaCTConfig, {**model["lact"], **changes}, "model.lact") for changes in cycle
         )
@@ -224,12 +239,16 @@ def _convert(hint, value, path: str):
         return value if isinstance(value, hint) else _build(hint, value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
-        if not isinstance(value, (tuple, list)):
-            raise ValueError(f"config key {path}={value!r}: expected a tuple")
-        return tuple(value)
+        fits = isinstance(value, (tuple, list)) and (args[-1] is ... or len(value) == len(args))
+        if not fits:
+            size = "" if args[-1] is ... else f" of {len(args)}"
+            raise ValueError(f"config key {path}={value!r}: expected a tuple{size}")
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is types.UnionType:
         return None if value is None else _convert(args[0], value, path)
     if origin is not None:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"config key {path}={value!r}: expected a group of keys")
         return dict(value)
     if hint is float and type(value) is int:
         return float(value)

@@ -64,8 +64,10 @@ def _sample_batches(pipeline: Pipeline, prompts: Sequence[str], gallery: Gallery
         for start in starts:
             batch = prompts[start : start + size]
 
-            def progress(chunk, first=start, count=len(batch)):
-                bar.set_description(f"clips {first + 1}-{first + count} chunk {chunk + 1}/{chunks}")
+            names = f"{start + 1}-{start + len(batch)}"
+
+            def progress(chunk, clips=names):
+                bar.set_description(f"clips {clips} chunk {chunk + 1}/{chunks}")
                 return lambda step, steps: bar.update()
 
             with contextlib.ExitStack() as stack:
@@ -77,7 +79,7 @@ def _sample_batches(pipeline: Pipeline, prompts: Sequence[str], gallery: Gallery
 
 
 def check_trained_with(config: Config, workdir: Path) -> None:
-    """Raises ValueError, listing the keys, where `config` is not what `workdir` was trained with."""
+    """Raises ValueError listing the keys where `config` is not what `workdir` was trained with."""
     file = workdir / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {workdir} is not the workdir of a run")
