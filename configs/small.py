@@ -14,14 +14,14 @@ def get_config():
     config.data.update(path="runs/data/synthetic_1536", batch_size=32, num_threads=8)
     config.data.options = ConfigDict({"num_shapes": 1152, "num_rings": 384, "seed": 0})
     config.train.update(
-        steps=5000,
+        steps=2000,
         lr=1e-3,
-        warmup_steps=200,
-        ema_decay=0.998,
-        save_every=2500,
-        keep_last=5000,
+        warmup_steps=100,
+        ema_decay=0.995,
+        save_every=1000,
+        keep_last=2000,
         log_every=50,
-        plot_every=1000,
+        plot_every=500,
     )
     config.sample.update(steps=50, guidance_scale=3.0)
     return config

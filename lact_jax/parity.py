@@ -56,18 +56,31 @@ def load_case(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
         raise CaseError(f"{path}: not a readable safetensors file ({error})") from error
     if "config" not in metadata:
         raise CaseError(f"{path}: the header has no 'config' entry, so this is not a golden case")
-    config = json.loads(metadata["config"])
+    try:
+        config = dict(json.loads(metadata["config"]))
+    except (TypeError, ValueError) as error:
+        raise CaseError(f"{path}: the header's 'config' is not a JSON object ({error})") from error
     if config.get("kind") not in KINDS:
         known = ", ".join(sorted(KINDS))
         raise CaseError(f"{path}: kind {config.get('kind')!r} is not there yet; known: {known}")
     return config, tensors
 
 
-def run_case(path: Path, tolerance_scale: float = 1.0) -> list[Result]:
-    """Runs one case in float32 and compares everything it gives. Raises CaseError."""
+def run_case(
+    path: Path, tolerance_scale: float = 1.0, dtype: str = "float32"
+) -> list[Result]:
+    """Runs one case, computing in `dtype`, and compares everything it gives. Raises CaseError."""
     config, tensors = load_case(Path(path))
-    with jax.default_matmul_precision("highest"):
-        computed = KINDS[config["kind"]](config, tensors)
+    config["compute_dtype"] = dtype
+    try:
+        with jax.default_matmul_precision("highest"):
+            computed = list(KINDS[config["kind"]](config, tensors))
+    except (KeyError, ValueError) as error:
+        raise CaseError(f"{path}: damaged or incomplete: {error!r}") from error
+    compared = {name for name, *_ in computed}
+    results = {name for name in tensors if name.startswith(("out.", "grad.", "stat."))}
+    if results - compared or not compared:
+        raise CaseError(f"{path}: nothing to compare with {sorted(results - compared)}")
     return [
         Result(name, relative_error(value, expected), tolerance * tolerance_scale)
         for name, value, expected, tolerance in computed
@@ -81,11 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance-scale", type=float, default=1.0, help="multiplies every tolerance"
     )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in"
+    )
     args = parser.parse_args(argv)
     status = 0
     for path in args.cases:
         try:
-            results = run_case(path, args.tolerance_scale)
+            results = run_case(path, args.tolerance_scale, args.dtype)
         except CaseError as error:
             print(error, file=sys.stderr)
             status = 2

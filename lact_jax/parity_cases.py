@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
@@ -56,7 +56,7 @@ def model_config(config: dict) -> DiTConfig:
         latent_channels=config["in_dim"],
         patch_size=tuple(config["patch_size"]),
         eps=config.get("eps", 1e-6),
-        dtype="float32",
+        dtype=config["compute_dtype"],
         remat="none",
     )
     if "lact" not in config:
@@ -102,17 +102,23 @@ def fast_weights(config: dict, tensors: dict) -> Computed:
         def clean(name):
             return rearrange(grouped(name)[:, layout.clean], "b c s x -> c b 1 s x")
 
+        def rounded(x):
+            return x.astype(config["compute_dtype"])
+
         initial = fw.from_matrices(*(inputs[w][:, None] for w in ("w0", "w1", "w2")))
         lr = jnp.concatenate([clean("lr0"), clean("lr1"), clean("lr2")], axis=-1)
         momentum = jnp.mean(clean("momentum"), axis=(-2, -1)) if rule.momentum else None
         q_first = rearrange(grouped("q")[:, layout.first], "b r s e -> b 1 (r s) e")
         q_later = rearrange(grouped("q")[:, layout.later], "b (w r) s e -> w b 1 (r s) e", r=repeat)
         state, (o_clean, o_later) = fw.scan_chunks(
-            initial, fw.Chunk(clean("k"), clean("v"), lr, momentum), (clean("q"), q_later), rule
+            initial,
+            fw.Chunk(rounded(clean("k")), rounded(clean("v")), lr, momentum),
+            (rounded(clean("q")), rounded(q_later)),
+            rule,
         )
         o = jnp.concatenate(
             [
-                rearrange(fw.read(initial, q_first), "b 1 (r s) e -> b r s e", r=repeat),
+                rearrange(fw.read(initial, rounded(q_first)), "b 1 (r s) e -> b r s e", r=repeat),
                 rearrange(o_clean, "w b 1 s e -> b w s e"),
                 rearrange(o_later, "w b 1 (r s) e -> b (w r) s e", r=repeat),
             ],
@@ -120,7 +126,7 @@ def fast_weights(config: dict, tensors: dict) -> Computed:
         )[:, layout.interleaved()]
         o = rearrange(o, "b c s e -> b (c s) e")
         w0, w1, w2 = (w[:, 0] for w in fw.to_matrices(state.weights))
-        return jnp.sum(o * cotangent), {"o": o, "w0": w0, "w1": w1, "w2": w2}
+        return jnp.sum(o.astype(jnp.float32) * cotangent), {"o": o, "w0": w0, "w1": w1, "w2": w2}
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(operation, has_aux=True))(inputs)
     for name, expected in _group(tensors, "out.").items():
@@ -139,6 +145,22 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
 
 def _channels_first(x) -> np.ndarray:
     return np.moveaxis(np.asarray(x), -1, -3)
+
+
+def _train_step(model: DiTConfig, sequence, text, layout: SequenceLayout, velocity_target):
+    """A compiled (params, loss weights) -> (gradients, (velocity, statistics)).
+
+    One function for both passes: its compilation is what a case spends its time on.
+    """
+    frame_CF = jnp.asarray(frame_positions(layout, sequence[0].shape[2]))
+
+    def loss(params, weight_BRW):
+        velocity, stats = bind(model, params).sequence(*sequence, text, frame_CF, layout)
+        error = jnp.square(unpack_noise(velocity, layout) - velocity_target)
+        error_BRW = reduce(error, "b r w ... -> b r w", "mean")
+        return jnp.mean(weight_BRW * error_BRW), (velocity, stats)
+
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def train(config: dict, tensors: dict) -> Computed:
@@ -162,30 +184,13 @@ def train(config: dict, tensors: dict) -> Computed:
         jnp.zeros((1,), bool),
     )
     x, timestep_BC = build_sequence(chunks, draws, config["timestep_shift"], layout)
-    frame_CF = jnp.asarray(frame_positions(layout, config["ar_window"]))
-
-    @jax.jit
-    def forward(params):
-        velocity, stats = bind(model, params).sequence(
-            x, timestep_BC, jnp.asarray(inputs["text"]), frame_CF, layout
-        )
-        return velocity, stats
-
-    @jax.jit
-    def gradients_of(params, weight_BRW):
-        def loss(params):
-            velocity, _ = forward(params)
-            prediction = unpack_noise(velocity, layout)
-            target = flow.velocity_target(chunks[:, None], draws.noise)
-            axes = tuple(range(3, prediction.ndim))
-            return jnp.mean(weight_BRW * jnp.mean(jnp.square(prediction - target), axes))
-
-        return jax.grad(loss)(params)
-
-    velocity, stats = forward(params)
+    target = flow.velocity_target(chunks[:, None], draws.noise)
+    step = _train_step(model, (x, timestep_BC), jnp.asarray(inputs["text"]), layout, target)
+    weight_BRW = flow.logit_normal_weight(draws.u_BRW, objective.logit_normal_std)
+    gradients, (velocity, stats) = step(params, weight_BRW)
+    case_gradients, _ = step(params, jnp.asarray(expected["loss_weight"])[None])
     prediction = unpack_noise(velocity, layout)
     loss = loss_from_prediction(prediction, chunks, draws, objective)
-    weight_BRW = flow.logit_normal_weight(draws.u_BRW, objective.logit_normal_std)
     order = layout.interleaved()
     timesteps = flow.MODEL_TIME_SCALE * flow.shift_time(draws.u_BRW, config["timestep_shift"])
     values = {
@@ -201,16 +206,16 @@ def train(config: dict, tensors: dict) -> Computed:
     }
     for name, (value, tolerance) in values.items():
         yield f"out.{name}", value, expected[name], tolerance
-    for name, value in _group(tensors, "stat.block_0.").items():
-        yield f"stat.block_0.{name}", stats[name][:1], value, FORWARD
-    case_weight = jnp.asarray(expected["loss_weight"])[None]
-    for label, weight, tolerance in (
-        ("grad", weight_BRW, TRAIN_GRADIENT),
-        ("grad[case weights]", case_weight, TRAIN_GRADIENT_OWN_WEIGHTS),
+    for name, value in _group(tensors, "stat.").items():
+        layer, _, statistic = name.removeprefix("block_").partition(".")
+        yield f"stat.{name}", stats[statistic][int(layer)][None], value, FORWARD
+    for label, computed, tolerance in (
+        ("grad", gradients, TRAIN_GRADIENT),
+        ("grad[case weights]", case_gradients, TRAIN_GRADIENT_OWN_WEIGHTS),
     ):
-        gradients = params_to_torch(gradients_of(params, weight), model)
+        computed = params_to_torch(computed, model)
         for name, value in _group(tensors, "grad.").items():
-            yield f"{label}.{name}", gradients[name], value, tolerance
+            yield f"{label}.{name}", computed[name], value, tolerance
 
 
 # kind: rollout, wan_forward
@@ -307,7 +312,7 @@ def vae(config: dict, tensors: dict) -> Computed:
     """The Wan VAE: normalised latent of a video, and the unclamped decoding of that latent."""
     sizes = {name: config[name] for name in ("dim", "z_dim", "num_res_blocks")}
     tuples = {name: tuple(config[name]) for name in ("dim_mult", "temporal_downsample")}
-    cfg = VAEConfig(**sizes, **tuples, dtype="float32")
+    cfg = VAEConfig(**sizes, **tuples, dtype=config["compute_dtype"])
     given = _group(tensors, "param.")
     flat = {
         row.jax: jnp.asarray(vae_weights.TRANSFORMS[row.transform].to_jax(given[row.wan]))
