@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import logging
+from absl import app, logging
 
 from lact_jax.checkpoint_tree import CheckpointError
 from lact_jax.workdir import WorkdirError
@@ -23,6 +23,18 @@ def use_compilation_cache() -> None:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "lact_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """For `app.run(flags_parser=…)`: an override of a key that the config file lacks ends like any
+    other flag that is wrong, in a message and not in a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # what ml_collections raises
+        said = str(error).replace("\\n", ". ")
+        said = "".join(c for c in said if c not in "\\'")
+        print(f"error: the command line does not fit the config file: {said}", file=sys.stderr)
+        sys.exit(1)
 
 
 def finish(main: Callable[[], int]) -> None:

@@ -42,10 +42,10 @@ def generate(
     check_trained_with(config, Path(workdir))
     if not complete_steps(folder):
         raise FileNotFoundError(f"{folder} holds no complete checkpoint: train first")
-    step = checkpoint_step or complete_steps(folder)[-1]
+    step = complete_steps(folder)[-1] if checkpoint_step is None else checkpoint_step
     codec = encoders.make_codec(config.codec.name, **config.codec.options)
     text = encoders.make_text_encoder(config.text.name, **config.text.options)
-    check_sizes(config, codec)
+    check_sizes(config, codec, text)
     sample = config.sample
     params = restore_params(folder, step, sample.weights, abstract_params(config.model))
     pipeline = Pipeline(config, params, codec, text)
@@ -63,7 +63,6 @@ def _sample_batches(pipeline: Pipeline, prompts: Sequence[str], gallery: Gallery
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         for start in starts:
             batch = prompts[start : start + size]
-
             names = f"{start + 1}-{start + len(batch)}"
 
             def progress(chunk, clips=names):
@@ -83,7 +82,10 @@ def check_trained_with(config: Config, workdir: Path) -> None:
     file = workdir / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {workdir} is not the workdir of a run")
-    trained = flat_config(json.loads(file.read_text()))
+    try:
+        trained = flat_config(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): restore it, or train again") from error
     asked = flat_config(json.loads(json.dumps(dataclasses.asdict(config))))
     differing = [
         f"{key}: trained with {trained.get(key)!r}, asked for {asked.get(key)!r}"

@@ -91,7 +91,7 @@ def make_train_step(config: Config) -> Callable:
     def step_fn(state: TrainState, latent, text, empty_text):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         (loss, aux), grads = gradients(state, latent, text, empty_text, key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         lr = jnp.asarray(schedule(state.step), jnp.float32)
         skip = should_skip(loss, grad_norm, state.step, train)
 

@@ -1,10 +1,11 @@
 """The training run: data in, checkpoints and metrics out, and a resume that changes nothing."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 
 from lact_jax import encoders
 from lact_jax.checkpoint import Checkpointer
+from lact_jax.checkpoint_tree import CheckpointError
 from lact_jax.config import Config
 from lact_jax.convert.load import load_dit
 from lact_jax.data import make_dataset
@@ -97,12 +99,13 @@ class Log:
         self._waiting = []
 
     def close(self) -> None:
-        """Writes what waits, draws the curves, and closes everything."""
-        self.flush()
-        write_curves(self._workdir)
-        self._bar.close()
-        self._writer.close()
-        self._wandb.finish()
+        """Writes what waits, draws the curves, and closes everything, whatever of it fails."""
+        with contextlib.ExitStack() as stack:  # last in, first out
+            stack.callback(self._wandb.finish)
+            stack.callback(self._writer.close)
+            stack.callback(self._bar.close)
+            stack.callback(write_curves, self._workdir)
+            self.flush()
 
 
 def train(config: Config, workdir: str | Path, *, debug: bool = False) -> int:
@@ -121,24 +124,52 @@ def train(config: Config, workdir: str | Path, *, debug: bool = False) -> int:
       ValueError, OSError and the errors of checkpoint.py and workdir.py, each saying what to do.
     """
     stored = dataclasses.asdict(config) | {"debug": debug}
-    with open_workdir(workdir, stored, MAY_DIFFER) as folder, leave_on_signal() as interrupt:
-        run = _Run(config, folder, debug)
-        try:
-            run.loop(interrupt)
-        finally:
+    with leave_on_signal() as interrupt:
+        # First what can be wrong with the config: a workdir belongs to the config that opened it.
+        parts = make_parts(config)
+        with open_workdir(workdir, stored, MAY_DIFFER) as folder:
+            run = _Run(config, parts, folder, debug)
+            try:
+                run.loop(interrupt)
+            except BaseException as error:
+                # The disk that was too full for a checkpoint is too full for the curves: the error
+                # that ended the run is the one to tell.
+                with contextlib.suppress(OSError, CheckpointError):
+                    run.close()
+                raise error
             run.close()
         return interrupt.exit_code
 
 
-class _Run:
-    """The parts of a run, made or restored."""
+class _Parts(NamedTuple):
+    """What a config names, made."""
 
-    def __init__(self, config: Config, folder: Path, debug: bool):
+    codec: encoders.VideoCodec
+    text: encoders.TextEncoder
+    mesh: jax.sharding.Mesh
+
+
+def make_parts(config: Config) -> _Parts:
+    """Codec, text encoder and mesh; raises ValueError where they or the sizes don't fit."""
+    codec = encoders.make_codec(config.codec.name, **config.codec.options)
+    text = encoders.make_text_encoder(config.text.name, **config.text.options)
+    check_sizes(config, codec, text)
+    mesh = make_mesh(config.mesh)
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % replicas:
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of the {replicas} devices "
+            "that share a batch (mesh.data x mesh.fsdp)"
+        )
+    return _Parts(codec, text, mesh)
+
+
+class _Run:
+    """The state of a run, made or restored, and what it works with."""
+
+    def __init__(self, config: Config, parts: _Parts, folder: Path, debug: bool):
         self.config = config
-        codec = encoders.make_codec(config.codec.name, **config.codec.options)
-        text = encoders.make_text_encoder(config.text.name, **config.text.options)
-        check_sizes(config, codec)
-        self.mesh = make_mesh(config.mesh)
+        codec, text, self.mesh = parts
         self.encode = BatchEncoder(codec, text, batch_sharding(self.mesh))
         empty = jax.device_put(np.asarray(text.encode([""])[0]), replicated(self.mesh))
         data = "random" if debug else config.data.name
@@ -212,17 +243,17 @@ class _Run:
             self.log.close()
 
 
-def check_sizes(config: Config, codec: encoders.VideoCodec) -> None:
-    """Raises ValueError unless frames, chunks, patches and codec fit each other."""
+def check_sizes(config: Config, codec: encoders.VideoCodec, text: encoders.TextEncoder) -> None:
+    """Raises ValueError unless frames, chunks, patches, codec and text encoder fit each other."""
     data, model, frames = config.data, config.model, config.objective.frames_per_chunk
     stride, time_stride = codec.spatial_stride, codec.temporal_stride
     for side, patch in zip(("height", "width"), model.patch_size[1:], strict=True):
         size, multiple = getattr(data, side), stride * patch
         if size % multiple:
+            below, above = size // multiple * multiple, (size // multiple + 1) * multiple
             raise ValueError(
                 f"data.{side}={size} is not a multiple of {multiple} (codec stride {stride} x "
-                f"patch {patch}): use {size // multiple * multiple} or "
-                f"{(size // multiple + 1) * multiple}"
+                f"patch {patch}): use {f'{below} or ' if below else ''}{above}"
             )
     if (data.num_frames - 1) % time_stride:
         raise ValueError(
@@ -231,8 +262,18 @@ def check_sizes(config: Config, codec: encoders.VideoCodec) -> None:
         )
     latent_frames = 1 + (data.num_frames - 1) // time_stride
     split_chunks(np.zeros((1, latent_frames, 1, 1, 1)), frames)
+    if frames % model.patch_size[0]:
+        raise ValueError(
+            f"objective.frames_per_chunk={frames} is not a multiple of model.patch_size[0]="
+            f"{model.patch_size[0]}"
+        )
     if codec.latent_channels != model.latent_channels:
         raise ValueError(
             f"model.latent_channels={model.latent_channels}, but codec {config.codec.name!r} makes "
             f"{codec.latent_channels} channels"
+        )
+    if text.text_dim != model.text_dim or text.text_len > model.text_len:
+        raise ValueError(
+            f"model.text_len={model.text_len}, model.text_dim={model.text_dim}, but text encoder "
+            f"{config.text.name!r} makes {text.text_len} tokens of width {text.text_dim}"
         )
