@@ -3,8 +3,10 @@
     python sample.py --config=configs/tiny.py --workdir=runs/tiny --prompts=prompts.txt --out=clips
     python sample.py ... --prompt="a red circle moving left" --config.sample.num_latent_frames=42
 
-How to sample stands in config.sample: solver, steps, shift, guidance_scale, seed,
-num_latent_frames, weights ('ema' or 'params'), batch_size, negative_prompt.
+    python sample.py --mode=full --config=configs/wan_t2v_1_3b.py --config.init_from=FOLDER ...
+
+The last samples a converted Wan checkpoint as it is, the whole clip at once. How to sample stands
+in config.sample: solver, steps, shift, guidance_scale, seed, num_latent_frames, weights ('ema' or 'params'), batch_size, negative_prompt.
 """
 
 from absl import app, flags
@@ -13,15 +15,16 @@ from ml_collections import config_flags
 from lact_jax import cli
 from lact_jax.config import parse
 from lact_jax.gallery import read_prompts
-from lact_jax.generate import generate
+from lact_jax.generate import MODES, generate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample; without it, config.init_from.")
+MODE = flags.DEFINE_enum("mode", "ar", sorted(MODES), "Chunk by chunk, or the clip as a whole.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A text file, one prompt a line.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 OUT = flags.DEFINE_string("out", None, "The gallery's folder.")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest complete checkpoint.")
-flags.mark_flags_as_required(["config", "workdir", "out"])
+flags.mark_flags_as_required(["config", "out"])
 
 
 def main(_):
@@ -29,7 +32,8 @@ def main(_):
         if not PROMPTS.value and not PROMPT.value:
             raise ValueError("nothing to sample: give --prompts=FILE or --prompt=TEXT")
         prompts = list(PROMPT.value) + (read_prompts(PROMPTS.value) if PROMPTS.value else [])
-        page = generate(parse(CONFIG.value), WORKDIR.value, prompts, OUT.value, STEP.value)
+        config = MODES[MODE.value](parse(CONFIG.value))
+        page = generate(config, WORKDIR.value, prompts, OUT.value, STEP.value)
         print(f"wrote {page}")
         return 0
 

@@ -11,8 +11,10 @@ from tqdm import tqdm
 from lact_jax import encoders
 from lact_jax.checkpoint import complete_steps, restore_params
 from lact_jax.config import Config
+from lact_jax.convert.load import load_dit, missing_parameters
 from lact_jax.gallery import Gallery
 from lact_jax.models.dit import abstract_params
+from lact_jax.models.vae import TEMPORAL_STRIDE
 from lact_jax.pipeline import Pipeline
 from lact_jax.trainer import check_sizes
 from lact_jax.workdir import flat_config
@@ -22,37 +24,78 @@ MUST_AGREE = ("model", "codec", "text", "objective.frames_per_chunk")
 MAY_DIFFER = ("model.remat", "model.dtype", "codec.options.path", "text.options.path")
 
 
+def as_full(config: Config) -> Config:
+    """The same run as plain Wan: full attention, and the whole clip as one chunk."""
+    frames = config.sample.num_latent_frames
+    replace = dataclasses.replace
+    return replace(
+        config,
+        model=replace(config.model, mixer="full"),
+        objective=replace(config.objective, frames_per_chunk=frames),
+        data=replace(config.data, num_frames=1 + TEMPORAL_STRIDE * (frames - 1)),
+    )
+
+
+# How sample.py reads a config: as it is, or as plain Wan.
+MODES = {"ar": lambda config: config, "full": as_full}
+
+
 def generate(
-    config: Config, workdir: str | Path, prompts: Sequence[str], out: str | Path,
+    config: Config, workdir: str | Path | None, prompts: Sequence[str], out: str | Path,
     checkpoint_step: int | None = None,
 ) -> Path:  # fmt: skip
     """Samples every prompt and writes the gallery; returns the path of its page.
 
     Args:
       config: the run; `config.sample` says how to sample.
-      workdir: where it was trained.
+      workdir: where it was trained. None samples the converted checkpoint `config.init_from`.
       prompts: one clip each.
       out: the gallery's folder.
-      checkpoint_step: the newest complete checkpoint by default.
+      checkpoint_step: of the workdir; the newest complete checkpoint by default.
 
     Raises:
-      FileNotFoundError: no workdir or checkpoint. ValueError: the workdir has another config.
+      FileNotFoundError: no workdir or checkpoint. ValueError: the workdir has another config, or
+        neither it nor `init_from` is given.
     """
+    source = _converted(config) if workdir is None else _trained(config, workdir, checkpoint_step)
+    codec = encoders.make_codec(config.codec.name, **config.codec.options)
+    text = encoders.make_text_encoder(config.text.name, **config.text.options)
+    check_sizes(config, codec, text)
+    params, origin = source()
+    pipeline = Pipeline(config, params, codec, text)
+    settings = dataclasses.asdict(config.sample) | origin
+    with Gallery(out, settings, fps=config.data.fps) as gallery:
+        _sample_batches(pipeline, prompts, gallery)
+    return Path(out) / "index.html"
+
+
+def _trained(config: Config, workdir: str | Path, step: int | None):
+    """Checks the workdir; returns a function that reads (parameters, what to say of them)."""
     folder = Path(workdir) / "checkpoints"
     check_trained_with(config, Path(workdir))
     if not complete_steps(folder):
         raise FileNotFoundError(f"{folder} holds no complete checkpoint: train first")
-    step = complete_steps(folder)[-1] if checkpoint_step is None else checkpoint_step
-    codec = encoders.make_codec(config.codec.name, **config.codec.options)
-    text = encoders.make_text_encoder(config.text.name, **config.text.options)
-    check_sizes(config, codec, text)
-    sample = config.sample
-    params = restore_params(folder, step, sample.weights, abstract_params(config.model))
-    pipeline = Pipeline(config, params, codec, text)
-    settings = dataclasses.asdict(sample) | {"checkpoint_step": step}
-    with Gallery(out, settings, fps=config.data.fps) as gallery:
-        _sample_batches(pipeline, prompts, gallery)
-    return Path(out) / "index.html"
+    step = complete_steps(folder)[-1] if step is None else step
+    abstract, weights = abstract_params(config.model), config.sample.weights
+    origin = {"checkpoint_step": step}
+    return lambda: (restore_params(folder, step, weights, abstract), origin)
+
+
+def _converted(config: Config):
+    """As `_trained`, for the folder `config.init_from`."""
+    if not config.init_from:
+        raise ValueError(
+            "nothing to sample from: give --workdir=RUN, or --config.init_from=FOLDER for a "
+            "converted checkpoint"
+        )
+    missing = missing_parameters(config.init_from, config.model)
+    if missing:
+        raise ValueError(
+            f"{config.init_from} holds no LaCT parameters ({len(missing)} are missing, the first "
+            f"is {missing[0]}): train from it, or sample it as plain Wan with --mode=full"
+        )
+    origin = {"converted": str(config.init_from)}
+    return lambda: (load_dit(config.init_from, config.model), origin)
 
 
 def _sample_batches(pipeline: Pipeline, prompts: Sequence[str], gallery: Gallery) -> None:
