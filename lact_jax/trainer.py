@@ -155,11 +155,13 @@ def make_parts(config: Config) -> _Parts:
     text = encoders.make_text_encoder(config.text.name, **config.text.options)
     check_sizes(config, codec, text)
     mesh = make_mesh(config.mesh)
+    microbatch = config.data.batch_size // config.train.accumulation
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.batch_size % replicas:
+    if microbatch % replicas:
         raise ValueError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of the {replicas} devices "
-            "that share a batch (mesh.data x mesh.fsdp)"
+            f"data.batch_size={config.data.batch_size} over train.accumulation="
+            f"{config.train.accumulation} makes {microbatch} clips at a time, which the {replicas} "
+            "devices of mesh.data x mesh.fsdp can't share evenly"
         )
     return _Parts(codec, text, mesh)
 
