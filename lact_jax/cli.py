@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,9 +38,24 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(1)
 
 
+def _hide_closed_loops() -> None:
+    """Where one write of a checkpoint fails, TensorStore reports every other one to an event loop
+    that Orbax has closed: dozens of tracebacks around the one message that says what happened
+    (the error that `checkpoint.py` raises)."""
+    told = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            told(unraisable)
+
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
 def finish(main: Callable[[], int]) -> None:
     """Runs `main` and exits with its status; an expected error ends with its message and 1."""
     use_compilation_cache()
+    _hide_closed_loops()
     logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about each checkpoint
     try:
         status = main()

@@ -52,11 +52,19 @@ def script_env(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), SWITCH.upper(): "1"} | more
 
 
-def run_script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
-    """Runs train.py, sample.py … with the config file of `tiny_run`, to its end."""
-    command = [sys.executable, str(ROOT / name), f"--config={CONFIG_FILE}", *map(str, arguments)]
+def run_script(name: str, *arguments: str, largest_file_kb: int | None = None):
+    """Runs train.py, sample.py … to its end, with `tiny_run` unless --config names another.
+
+    `largest_file_kb`: writing more than that to one file fails, as on a full disk.
+    """
+    given = list(arguments)
+    if not any(argument.startswith("--config=") for argument in given):
+        given.insert(0, f"--config={CONFIG_FILE}")
+    command = [sys.executable, str(ROOT / name), *given]
+    if largest_file_kb:
+        command = ["bash", "-c", f'ulimit -f {largest_file_kb}; exec "$@"', "bash", *command]
     return subprocess.run(
-        command, env=script_env(), cwd=ROOT, capture_output=True, text=True, check=False, **options
+        command, env=script_env(), cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 
