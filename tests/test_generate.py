@@ -13,7 +13,11 @@ from lact_jax.generate import check_trained_with, generate
 from lact_jax.video_io import read_video
 
 pytest_plugins = ["run_plugin"]
-pytestmark = pytest.mark.usefixtures("quick_compile")
+# TensorStore's reads of other arrays, still pending when one fails, are collected as unraisable.
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle moving up"]
 

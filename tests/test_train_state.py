@@ -46,7 +46,7 @@ def first_state(config: Config) -> TrainState:
         lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32),
         abstract_params(config.model),
     )
-    return init_state(config, params)
+    return jax.jit(lambda given: init_state(config, given))(params)
 
 
 def host(tree):

@@ -15,6 +15,8 @@ from lact_jax.run_logging import read_metrics
 from lact_jax.workdir import WorkdirError
 
 pytest_plugins = ["run_plugin"]
+# TensorStore's reads of other arrays, still pending when one fails, are collected as unraisable.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def test_metrics_have_a_row_for_every_step(finished_run):
