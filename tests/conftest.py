@@ -35,3 +35,10 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_code_goes_with_its_module():
+    """Drops a module's compiled code after it: all of the suite's would take many gigabytes."""
+    yield
+    jax.clear_caches()
