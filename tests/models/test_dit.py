@@ -285,8 +285,8 @@ def lact_parameters(dim, layers, fw_head_dim, inter_multi=2):
     return layers * (weights + 4 * dim + rates + fw_head_dim + dim + 1)
 
 
-# 14B's width is not a multiple of 1.3B's fast-weight head width of 768: 1024 gives it five heads.
-WIDE = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, lact=(lact(fw_head_dim=1024),))
+# 14B's width is not a multiple of 1.3B's fast-weight head width of 768: 1280 gives it four heads.
+WIDE = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, lact=(lact(fw_head_dim=1280),))
 SIZES = {"1.3B": (DiTConfig(), 1_418_996_800), "14B": (DiTConfig(**WIDE), 14_288_491_584)}
 
 
