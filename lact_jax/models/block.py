@@ -1,0 +1,100 @@
+"""A transformer block of the Wan DiT, its cross-attention, and the head after the last one.
+
+Letters: B batch, C chunks, S tokens of a chunk, D width, L text tokens, N heads, K head width.
+`config` is a `dit.DiTConfig`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from lact_jax.models.full_attention import FullAttention
+from lact_jax.models.lact import LaCT
+from lact_jax.models.layers import MLP, AffineLayerNorm, RMSNorm, gelu_tanh, layer_norm, linear
+from lact_jax.ops.attention import attend
+
+# Mixer name -> module; mixer.py says what a mixer is.
+MIXERS = {"lact": LaCT, "full": FullAttention}
+
+
+class CrossAttention(nnx.Module):
+    """Attention from video tokens to text tokens. No mask: padding is attended to."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        dim, dtype = config.dim, config.dtype
+        self.num_heads = config.num_heads
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, linear(dim, dim, dtype=dtype, rngs=rngs))
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def _heads(self, x):
+        return rearrange(x, "b s (n k) -> b s n k", n=self.num_heads)
+
+    def text_kv(self, text_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the text, (B, L, N, K) each: computed once a clip."""
+        return self._heads(self.norm_k(self.k(text_BLD))), self._heads(self.v(text_BLD))
+
+    def __call__(self, x_BSD: jax.Array, text_kv: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BSNK = self._heads(self.norm_q(self.q(x_BSD)))
+        return self.o(rearrange(attend(q_BSNK, *text_kv), "b s n k -> b s (n k)"))
+
+
+class Block(nnx.Module):
+    """One transformer block; residual stream and modulation in float32 (REFERENCE.md 2)."""
+
+    def __init__(self, config: Any, spec, *, rngs: nnx.Rngs):
+        dim, dtype = config.dim, config.dtype
+        mixer_name, options = spec
+        self.eps, self.dtype = config.eps, dtype
+        noise = jax.random.normal(rngs.params(), (6, dim), jnp.float32)
+        self.modulation = nnx.Param(noise / jnp.float32(dim) ** 0.5)
+        self.self_attn = MIXERS[mixer_name](config, options, rngs=rngs)
+        self.norm3 = AffineLayerNorm(dim, config.eps)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.ffn = MLP(dim, config.ffn_dim, dim, gelu_tanh, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BCSD: jax.Array, e0_BC6D: jax.Array, text_kv, mix):
+        """Runs the block.
+
+        Args:
+          x_BCSD: float32 residual stream.
+          e0_BC6D: float32 time modulation of every chunk.
+          text_kv: this layer's text keys and values.
+          mix: calls the mixer: (mixer, normalised (B, C, S, D)) -> (y, anything).
+
+        Returns:
+          The new stream and what `mix` returned beside y.
+        """
+        e = (e0_BC6D + self.modulation[...])[:, :, :, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, i] for i in range(6))
+        chunks = x_BCSD.shape[1]
+        y = (layer_norm(x_BCSD, self.eps) * (1 + scale1) + shift1).astype(self.dtype)
+        y, aux = mix(self.self_attn, y)
+        x_BCSD = x_BCSD + gate1 * y
+        y = rearrange(self.norm3(x_BCSD).astype(self.dtype), "b c s d -> b (c s) d")
+        y = self.cross_attn(y, text_kv)
+        x_BCSD = x_BCSD + rearrange(y, "b (c s) d -> b c s d", c=chunks).astype(jnp.float32)
+        y = (layer_norm(x_BCSD, self.eps) * (1 + scale2) + shift2).astype(self.dtype)
+        return x_BCSD + gate2 * self.ffn(y), aux
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to patches."""
+
+    def __init__(self, config: Any, patch_width: int, *, rngs: nnx.Rngs):
+        noise = jax.random.normal(rngs.params(), (2, config.dim), jnp.float32)
+        self.modulation = nnx.Param(noise / jnp.float32(config.dim) ** 0.5)
+        zeros = nnx.initializers.zeros_init()
+        self.head = linear(
+            config.dim, patch_width, dtype=config.dtype, rngs=rngs, kernel_init=zeros
+        )
+        self.eps, self.dtype = config.eps, config.dtype
+
+    def __call__(self, x_BCSD: jax.Array, e_BCD: jax.Array) -> jax.Array:
+        shift, scale = (e_BCD + self.modulation[...][i] for i in range(2))
+        y = layer_norm(x_BCSD, self.eps) * (1 + scale[:, :, None]) + shift[:, :, None]
+        return self.head(y.astype(self.dtype)).astype(jnp.float32)
