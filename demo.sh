@@ -9,8 +9,8 @@ run=runs/$config
 if [ ! -x .venv/bin/python ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi
-.venv/bin/python -m pip install --quiet --upgrade pip
-.venv/bin/python -m pip install --quiet -e ".${EXTRA:+[$EXTRA]}"
+.venv/bin/python -m pip install -qq --upgrade pip
+.venv/bin/python -m pip install -qq -e ".${EXTRA:+[$EXTRA]}"
 .venv/bin/python train.py --config="configs/$config.py" --workdir="$run"
 .venv/bin/python sample.py --config="configs/$config.py" --workdir="$run" \
   --prompts=configs/prompts_shapes.txt --out="$run/clips"

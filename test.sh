@@ -9,12 +9,12 @@ extras=dev${PARITY-,parity}
 if [ ! -x "$venv/bin/python" ]; then
   "${PYTHON:-python3}" -m venv "$venv"
 fi
-"$venv/bin/python" -m pip install --quiet --upgrade pip
+"$venv/bin/python" -m pip install -qq --upgrade pip
 # The peers need any PyTorch; this one is a small CPU build where the default is a CUDA one.
 if [ "$extras" != dev ] && ! "$venv/bin/python" -c "import torch" 2>/dev/null; then
   "$venv/bin/python" -m pip install --quiet "torch==${TORCH:-2.13.0}"
 fi
-"$venv/bin/python" -m pip install --quiet -e ".[$extras]"
+"$venv/bin/python" -m pip install -qq -e ".[$extras]"
 "$venv/bin/ruff" check .
 peers=()
 [ "$extras" = dev ] && peers=(--ignore-glob="*test_peer_*")
