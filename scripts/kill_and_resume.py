@@ -55,14 +55,14 @@ def is_saving(workdir: Path) -> bool:
 def kill_once(
     process: subprocess.Popen, workdir: Path, step: int, in_save: bool, rng: random.Random
 ) -> str | None:
-    """Kills the run once it has written `step` lines of metrics; with `in_save`, in the first save
-    after that.
+    """Kills the run once it has written `step` lines of metrics, at the first moment after that
+    when a checkpoint is being written (`in_save`) or none is.
 
     Returns:
       Where it was killed, in words; None if the run ended before its moment came.
     """
     while process.poll() is None:
-        if steps_written(workdir) >= step and (not in_save or is_saving(workdir)):
+        if steps_written(workdir) >= step and is_saving(workdir) == in_save:
             time.sleep(rng.uniform(0, SAVE_SECONDS if in_save else 3 * POLL_SECONDS))
             process.kill()
             process.wait()
@@ -134,7 +134,12 @@ def main() -> int:
     args = parser.parse_args()
     args.workdir.mkdir(parents=True)
     data = args.workdir.absolute() / "data"
-    options = [f"--config.data.path={data}", f"--config.train.steps={args.steps}", *args.options]
+    options = [
+        f"--config.data.path={data}",
+        f"--config.train.steps={args.steps}",
+        "--config.train.save_every=10",
+        *args.options,
+    ]
     reference, killed = (args.workdir.absolute() / name for name in ("reference", "killed"))
     print(f"seed {args.seed}", flush=True)
     finish(start(args.config, reference, options), reference)

@@ -17,9 +17,13 @@ def test_killed_twice_it_ends_like_the_uninterrupted_run(tmp_path, data_folder, 
         monkeypatch.setenv(name, value)
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     assert quick_train(tiny_config(data_folder, train__steps=STEPS), reference) == 0
-    options = [f"--config.data.path={data_folder}", f"--config.train.steps={STEPS}"]
+    options = [
+        f"--config.data.path={data_folder}",
+        f"--config.train.steps={STEPS}",
+        "--config.train.save_every=6",
+    ]
     kills = kill_and_resume.kill_and_resume(CONFIG_FILE, killed, 2, STEPS, options)
-    assert len(kills) == 2
+    assert len(kills) == 2 and "inside a save" in kills[0]
     assert kill_and_resume.differences(killed, reference) == []
     assert_same_end(killed, reference)
 
