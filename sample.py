@@ -6,7 +6,8 @@
     python sample.py --mode=full --config=configs/wan_t2v_1_3b.py --config.init_from=FOLDER ...
 
 The last samples a converted Wan checkpoint as it is, the whole clip at once. How to sample stands
-in config.sample: solver, steps, shift, guidance_scale, seed, num_latent_frames, weights ('ema' or 'params'), batch_size, negative_prompt.
+in config.sample: solver, steps, shift, guidance_scale, seed, num_latent_frames, batch_size,
+weights ('ema' or 'params'), negative_prompt.
 """
 
 from absl import app, flags

@@ -59,6 +59,9 @@ def finish(main: Callable[[], int]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about each checkpoint
     try:
         status = main()
+    except KeyboardInterrupt:
+        print("interrupted: finished clips and files are whole", file=sys.stderr)
+        status = 130
     except EXPECTED as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
