@@ -1,7 +1,7 @@
 """Wan2.1 T2V-1.3B as a LaCT autoregressive model: chunks of 3 latent frames, 81 x 480 x 832.
 
-The recipe of the official config `ar_chunk3f` (REFERENCE figures: full width, window attention
-inside a chunk and to the one before, fast weights of 2 heads of 768 for all that is older).
+The recipe of the official config `ar_chunk3f` (docs/REFERENCE.md 5): window attention inside a
+chunk and to the one before, fast weights of two heads of 768 for all that is older.
 """
 
 from ml_collections import ConfigDict

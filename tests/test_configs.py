@@ -27,7 +27,7 @@ def count(tree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def test_the_configs_of_the_issue_are_there():
+def test_the_documented_configs_are_there():
     assert {"tiny", "small", "ar_chunk3f", "ar_chunk3f_sp"} <= set(NAMES)
 
 
