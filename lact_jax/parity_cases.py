@@ -56,7 +56,7 @@ def model_config(config: dict) -> DiTConfig:
         latent_channels=config["in_dim"],
         patch_size=tuple(config["patch_size"]),
         eps=config.get("eps", 1e-6),
-        dtype=config["compute_dtype"],
+        dtype=config.get("compute_dtype", "float32"),
         remat="none",
     )
     if "lact" not in config:

@@ -102,6 +102,15 @@ def test_a_failing_read_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of SIGINT, also where the test run was started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_ends_the_writing_thread_and_leaves_nothing(tmp_path):
     layers = []
 
