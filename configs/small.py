@@ -17,6 +17,7 @@ def get_config():
     config.train.update(
         steps=2000,
         lr=1e-3,
+        new_lr_multiplier=1.0,
         warmup_steps=100,
         ema_decay=0.995,
         save_every=1000,

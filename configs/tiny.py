@@ -53,7 +53,7 @@ def get_config():
         lr=2e-3,
         schedule="cosine",
         warmup_steps=30,
-        new_lr_multiplier=1.0,
+        new_lr_multiplier=6.0,
         weight_decay=0.01,
         trainable="all",
         ema_decay=0.99,
