@@ -95,6 +95,7 @@ def fast_weights(config: dict, tensors: dict) -> Computed:
 
     @jax.jit
     def operation(inputs):
+        """<o, do> of the whole sequence, and its outputs in the official order."""
         def grouped(name):
             x_BCSX = rearrange(inputs[name], "b (c s) x -> b c s x", c=chunks)
             return x_BCSX[:, np.argsort(layout.interleaved())]

@@ -89,6 +89,7 @@ def make_train_step(config: Config) -> Callable:
         return jax.tree.map(lambda x: x / parts, total)
 
     def step_fn(state: TrainState, latent, text, empty_text):
+        """One optimiser step, as `make_train_step` describes it."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         (loss, aux), grads = gradients(state, latent, text, empty_text, key)
         grad_norm = optax.tree.norm(grads)

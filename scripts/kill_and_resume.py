@@ -1,6 +1,6 @@
 """Kills a training run again and again and checks that it ends like one that was left alone.
 
-    python -m scripts.kill_and_resume --times=10 --workdir=/tmp/kills
+    python -m scripts.kill_and_resume --times=10 --workdir=runs/kills
 
 trains `--config` once without a kill (WORKDIR/reference) and once with `--times` SIGKILLs
 (WORKDIR/killed), each at a random moment: every second one inside a save, the others after a
