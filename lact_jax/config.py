@@ -50,7 +50,10 @@ class DataConfig:
       num_frames, height, width, fps: every clip is resampled and cropped to these.
       batch_size: clips of an optimiser step, over all devices and accumulation steps.
       num_threads: decoding threads.
+      num_workers: processes that read encoded data ahead; 0 reads in threads.
       cache_in_memory: keep decoded clips in memory; for data sets that fit.
+      holdout: clips of a folder of videos that are kept out of training, for validation; which
+        ones depends on their names alone.
     """
 
     name: str = "video_folder"
@@ -62,17 +65,19 @@ class DataConfig:
     fps: float = 16.0
     batch_size: int = 1
     num_threads: int = 4
+    num_workers: int = 0
     cache_in_memory: bool = False
+    holdout: int = 0
 
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
-        if self.fps <= 0 or self.num_threads < 0:
-            raise ValueError(
-                f"data.fps={self.fps}, data.num_threads={self.num_threads}: frames a second are "
-                "positive, and threads not negative"
-            )
+        for name in ("num_threads", "num_workers", "holdout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must not be negative")
+        if self.fps <= 0:
+            raise ValueError(f"data.fps={self.fps}: frames a second must be positive")
 
 
 @dataclass(frozen=True)

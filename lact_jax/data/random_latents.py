@@ -10,7 +10,8 @@ import numpy as np
 
 from lact_jax.data.batch import EncodedBatch, process_share
 
-_BATCHES = 2**31  # in one epoch; no run sees the end
+# Batches of one epoch: no training run sees the end.
+_BATCHES = {"train": 2**31, "validation": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Options:
       batch_size: clips a batch in this process.
       latent_shape: (F, h, w, C) of one clip.
       text_shape: (L, D) of one clip.
-      seed: batch i is drawn from (seed, process_index, i).
+      seed: batch i is drawn from (seed, process_index, i), in validation from other numbers.
       num_threads: drawing threads; 0 draws in the caller's.
       process_index: of this process.
+      split: "train" never ends, "validation" is four batches.
     """
 
     batch_size: int
@@ -32,13 +34,16 @@ class Options:
     seed: int = 0
     num_threads: int = 1
     process_index: int = 0
+    split: str = "train"
 
 
 def make(options: Options) -> grain.IterDataset:
-    """An endless dataset of normal EncodedBatch: other numbers in every batch."""
+    """A dataset of normal EncodedBatch: other numbers in every batch."""
+    words = (options.seed, options.process_index)
 
     def draw(index: int) -> EncodedBatch:
-        rng = np.random.default_rng((options.seed, options.process_index, index))
+        split = () if options.split == "train" else tuple(options.split.encode())
+        rng = np.random.default_rng((*words, index, *split))
         latent = rng.standard_normal((options.batch_size, *options.latent_shape), np.float32)
         text = rng.standard_normal((options.batch_size, *options.text_shape), np.float32)
         return EncodedBatch(latent=latent, text=text)
@@ -46,10 +51,10 @@ def make(options: Options) -> grain.IterDataset:
     read = grain.ReadOptions(
         num_threads=options.num_threads, prefetch_buffer_size=2 * options.num_threads
     )
-    return grain.MapDataset.range(_BATCHES).map(draw).to_iter_dataset(read)
+    return grain.MapDataset.range(_BATCHES[options.split]).map(draw).to_iter_dataset(read)
 
 
-def from_config(config: Any, codec: Any, text: Any) -> grain.IterDataset:
+def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
     """`make` with the shapes that the codec and the text encoder would give; no data is read."""
     data = config.data
     batch_size, process_index, _ = process_share(data.batch_size)
@@ -65,4 +70,5 @@ def from_config(config: Any, codec: Any, text: Any) -> grain.IterDataset:
         text_shape=(text.text_len, text.text_dim),
         seed=config.seed,
         process_index=process_index,
+        split=split,
     ))  # fmt: skip

@@ -1,16 +1,23 @@
-"""The embedded data: a folder of synthetic clips, written at the first start, then read."""
+"""The embedded data: a folder of synthetic clips, written at the first start, then read.
+
+The validation clips lie in the folder's `.validation`, which the training clips' reader passes
+over; they are drawn from other seeds, and written when they are first asked for.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import grain
 
 from lact_jax.data import video_folder
-from lact_jax.data.synthetic import Settings, write_folder
+from lact_jax.data.synthetic import SPLITS, Settings, write_folder
 
 DEFAULT_PATH = "runs/data/synthetic"
+VALIDATION = ".validation"
+_VALIDATION_CLIPS = {"num_validation_shapes": 16, "num_validation_rings": 16}
 
 
 def make(options: video_folder.Options, settings: Settings) -> grain.IterDataset:
@@ -27,13 +34,13 @@ def make(options: video_folder.Options, settings: Settings) -> grain.IterDataset
     return video_folder.make(options)
 
 
-def from_config(config: Any, codec: Any, text: Any) -> grain.IterDataset:
-    """`make` for a run; `data.options` may set clip counts, seed and split."""
+def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
+    """`make` for a run; `data.options` may set clip counts of both splits, seed and split."""
     del text
     data = config.data
     options = video_folder.options_from_config(config, codec)
-    options = dataclasses.replace(options, path=data.path or DEFAULT_PATH)
-    known = {"num_shapes", "num_rings", "seed", "split"}
+    options = dataclasses.replace(options, path=data.path or DEFAULT_PATH, split=split)
+    known = {"num_shapes", "num_rings", "seed", "split", *_VALIDATION_CLIPS}
     if unknown := sorted(set(data.options) - known):
         raise ValueError(
             f"data.options of 'synthetic': unknown {unknown}; it takes {sorted(known)}"
@@ -42,11 +49,17 @@ def from_config(config: Any, codec: Any, text: Any) -> grain.IterDataset:
         raise ValueError(
             f"data.height={data.height}, data.width={data.width}: synthetic clips are square"
         )
+    counts = _VALIDATION_CLIPS | data.options
+    held_out = {f"num_{name}": counts.pop(f"num_validation_{name}") for name in ("shapes", "rings")}
     settings = Settings(
         num_frames=data.num_frames,
         size=data.height,
         fps=round(data.fps),
         chunk_frames=config.objective.frames_per_chunk,
-        **data.options,
+        **counts,
     )
+    if split == "validation":
+        other = SPLITS[1 - SPLITS.index(settings.split)]
+        settings = dataclasses.replace(settings, split=other, **held_out)
+        options = dataclasses.replace(options, path=str(Path(options.path) / VALIDATION))
     return make(options, settings)

@@ -16,7 +16,7 @@ from typing import Any
 
 import grain
 
-from lact_jax.data.batch import process_share, stack_raw
+from lact_jax.data.batch import process_share, share_of_batches, stack_raw
 from lact_jax.data.listing import Clip, enumerate_some, list_clips, usable_clips
 from lact_jax.video_io import VideoError, read_video
 
@@ -37,6 +37,7 @@ class Options:
       num_threads: decoding threads; 0 decodes in the caller's.
       cache_in_memory: keep decoded clips, for folders that fit in memory.
       process_index, process_count: of all clips this process reads each process_count-th.
+      split: "train" is endless, "validation" one pass in the order of the names.
       size_multiple: codec stride times patch.
       temporal_stride: of the codec.
     """
@@ -53,6 +54,7 @@ class Options:
     cache_in_memory: bool = False
     process_index: int = 0
     process_count: int = 1
+    split: str = "train"
     size_multiple: int = 16
     temporal_stride: int = 4
 
@@ -82,7 +84,7 @@ class Options:
 
 
 def make(options: Options) -> grain.IterDataset:
-    """An endless dataset of RawBatch.
+    """A dataset of RawBatch.
 
     Raises:
       FileNotFoundError, ValueError: as `list_clips`; also where no clip can be used, or there are
@@ -104,17 +106,16 @@ def make(options: Options) -> grain.IterDataset:
             "%s: %d of %d clips skipped: %s",
             path, len(reasons), len(reasons) + len(clips), enumerate_some(reasons),
         )  # fmt: skip
-    if len(clips) < options.process_count:
-        raise ValueError(
-            f"{path}: {len(clips)} usable clips for {options.process_count} processes; "
-            "each needs at least one"
-        )
-    dataset = grain.MapDataset.source(_Decoder(clips, options))
-    if options.shuffle:
-        dataset = dataset.shuffle(options.seed)
-    if options.process_count > 1:
-        dataset = dataset[options.process_index :: options.process_count]
-    dataset = dataset.repeat().batch(options.batch_size, drop_remainder=True, batch_fn=stack_raw)
+    dataset = share_of_batches(
+        grain.MapDataset.source(_Decoder(clips, options)),
+        stack_raw,
+        split=options.split,
+        batch_size=options.batch_size,
+        seed=options.seed if options.shuffle else None,
+        process_index=options.process_index,
+        process_count=options.process_count,
+        where=str(path),
+    )
     threads = options.num_threads
     return dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -180,9 +181,11 @@ def options_from_config(config: Any, codec: Any) -> Options:
     )
 
 
-def from_config(config: Any, codec: Any, text: Any) -> grain.IterDataset:
+def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
     """`make` for a run; `data.options` may set shuffle. ValueError names an unknown option."""
     del text
+    if split == "validation":
+        raise ValueError(f"{config.data.path}: no clips are held out (data.holdout)")
     options = dict(config.data.options)
     if unknown := sorted(set(options) - {"shuffle"}):
         raise ValueError(f"data.options of 'video_folder': unknown {unknown}; it takes ['shuffle']")
