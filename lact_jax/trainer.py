@@ -31,7 +31,8 @@ from lact_jax.workdir import open_workdir
 MAY_DIFFER = (
     "train.steps", "train.save_every", "train.keep_last", "train.log_every", "train.plot_every",
     "data.num_threads", "data.num_workers", "data.cache_in_memory", "data.path", "sample.*",
-    "wandb.*", "mesh.*", "init_from", "codec.options.path", "text.options.path", "text.options.cache_dir",
+    "wandb.*", "mesh.*", "init_from", "codec.options.path", "text.options.path",
+    "text.options.cache_dir",
 )  # fmt: skip
 BAR = ("loss", "lr", "grad_norm")
 
