@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 # A run on a CPU only shows that the script works; its numbers mean nothing.
 SMALL_MODEL = dict(
@@ -35,6 +37,20 @@ def peak_gigabytes() -> float | None:
     """Peak device memory of this process in GB, None where the backend does not say."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] / 1e9 if stats else None
+
+
+def relative_error(got, want) -> float:
+    """‖got − want‖ / ‖want‖ in float64."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def measured_matmul_rate(dtype, size: int = 8192) -> float:
+    """FLOP/s of a square matmul on random data; the default size fills a large device."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, b))
+    return 2 * size**3 / median_seconds(lambda: product(a, b), 10)
 
 
 def report(name: str, rows: dict, json_path: str | None = None) -> None:

@@ -30,21 +30,6 @@ SMALL = flags.DEFINE_bool("small", False, "A toy model, to see that the script r
 JSON = flags.DEFINE_string("json", None, "Also write the result here.")
 
 
-def relative_error(got, want) -> float:
-    """‖got − want‖ / ‖want‖ in float64."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def measured_matmul_rate(dtype) -> float:
-    """FLOP/s of a square matmul on random data, large enough to fill the device."""
-    size = 256 if SMALL.value else 8192
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, b))
-    return 2 * size**3 / common.median_seconds(lambda: product(a, b), 10)
-
-
 def start_of_video(config, method):
     """(params, x) -> result of `encode_chunk` or `decode_chunk` with no frames before."""
     graphdef, _ = vae_codec.abstract_vae(config)
@@ -89,7 +74,7 @@ def check_types(params, config, frames, latent) -> dict:
             )(params, x)
             for each in (config, exact)
         )
-        result[f"{name} error of {config.dtype}"] = relative_error(got, want)
+        result[f"{name} error of {config.dtype}"] = common.relative_error(got, want)
     return result
 
 
@@ -112,7 +97,7 @@ def beside_torch(params, config, frames, latent, per_call, flops, rate) -> dict:
         call = prepare(np.asarray(x))
         result |= measure(f"torch {name}", call, flops[name], rate)
         theirs = np.moveaxis(call().cpu().numpy(), 1, -1)
-        result[f"{name}, difference from torch"] = relative_error(ours, theirs)
+        result[f"{name}, difference from torch"] = common.relative_error(ours, theirs)
     return result | {"torch peak GB": vae_torch.peak_gigabytes()}
 
 
@@ -126,7 +111,7 @@ def main(_):
     params = vae_codec.random_params(config, 0)
     frames = np.random.default_rng(0).integers(0, 256, frames_shape, dtype=np.uint8)
     frames = jnp.asarray(frames)
-    rate = measured_matmul_rate(config.dtype)
+    rate = common.measured_matmul_rate(config.dtype, 256 if SMALL.value else 8192)
     latents = 1 + (frames_shape[1] - 1) // TEMPORAL_STRIDE
     sides = (side // SPATIAL_STRIDE for side in frames_shape[2:4])
     latent = jax.random.normal(jax.random.key(1), (1, latents, *sides, config.z_dim), jnp.float32)

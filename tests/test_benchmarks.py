@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[1]
     "module, arguments, positive",
     [
         ("train_step", ["--repeats=1"], ["seconds per step", "loss", "grad_norm"]),
+        ("umt5", ["--repeats=1"], ["seconds", "TFLOP", "error against float32 matmuls"]),
+        ("vae", ["--repeats=1"], ["encode TFLOP", "decode TFLOP", "decode error of bfloat16"]),
+        ("vae_convolutions", ["--small"], []),
         ("sampling", ["--chunks=3", "--steps=1"], ["ms per guided denoise step", "ms per commit"]),
     ],
 )
