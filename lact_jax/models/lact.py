@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from lact_jax.models.layers import RMSNorm, linear, project_float32
-from lact_jax.models.mixer import QKVO, attend_chunks
+from lact_jax.models.mixer import QKVO, last_tokens, window_attention
 from lact_jax.ops import fast_weights as fw
 from lact_jax.ops.attention import attend
 from lact_jax.ops.numerics import l2_norm
@@ -169,19 +169,14 @@ class LaCT(QKVO):
         if self.config.o_norm:
             o_fast = self.output_norm(o_fast)
         o_fast_SD = rearrange(o_fast, "... m s e -> ... s (m e)").astype(jnp.float32)
-        if self.config.learnable_ttt_scale:
-            gate = jax.nn.silu(project_float32(self.ttt_scale_proj, x_SD))
-        else:
-            gate = jnp.float32(self.config.ttt_scale)
         o_window_SD = rearrange(o_window_SNK, "... n k -> ... (n k)").astype(jnp.float32)
-        return self.o((gate * o_fast_SD + o_window_SD).astype(self.dtype))
+        return self.o((self._gate(x_SD) * o_fast_SD + o_window_SD).astype(self.dtype))
 
-    def _window(self, x_TNK: jax.Array) -> jax.Array:
-        """The last `kv_cache_size` tokens of (..., T, N, K)."""
-        size = self.config.kv_cache_size
-        if size is None:
-            return x_TNK
-        return x_TNK[..., max(x_TNK.shape[-3] - size, 0) :, :, :]
+    def _gate(self, x_SD: jax.Array) -> jax.Array:
+        """The factor of every token's fast output: (..., S, 1) float32, or a constant."""
+        if self.config.learnable_ttt_scale:
+            return jax.nn.silu(project_float32(self.ttt_scale_proj, x_SD))
+        return jnp.float32(self.config.ttt_scale)
 
     # Teacher-forced training.
 
@@ -190,9 +185,10 @@ class LaCT(QKVO):
         q, k, v = self.project(x_BCSD)
         o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, angle_CSP, layout)
         q, k = apply_rope(q, angle_CSP), apply_rope(k, angle_CSP)
-        o_window = self._window_sequence(q, k, v, layout)
+        o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
         y_BCSD = self._merge(x_BCSD, o_fast, o_window)
         stats = fast_stats | {
+            "gate_mean": jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD))),
             "window_x_norm": _mean_norm(rearrange(o_window, "... n k -> ... (n k)")),
             "y_norm": _mean_norm(y_BCSD),
         }
@@ -236,25 +232,6 @@ class LaCT(QKVO):
         }
         return o_fast, stats
 
-    def _window_sequence(self, q, k, v, layout):
-        """Window output (B, C, S, N, K) of every chunk, in two maskless calls."""
-        alone, later, clean = slice(0, layout.later.start), layout.later, layout.clean
-        o_alone = attend_chunks(q[:, alone], k[:, alone], v[:, alone])
-        if layout.num_clean == 0:
-            return o_alone
-        k_later, v_later = (
-            jnp.concatenate(
-                [
-                    jnp.repeat(self._window(y[:, clean]), layout.num_repeat, axis=1),
-                    y[:, later],
-                ],
-                axis=2,
-            )
-            for y in (k, v)
-        )
-        o_later = attend_chunks(q[:, later], k_later, v_later)
-        return jnp.concatenate([o_alone, o_later], axis=1)
-
     # Sampling.
 
     def init_cache(self, batch: int) -> LaCTCache:
@@ -287,7 +264,8 @@ class LaCT(QKVO):
         o_fast = fw.read(fast.weights, self._fast_qk(q, angle_SP[None], 0))
         q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
         y_BSD = self._merge(x_BSD, o_fast, attend(q, k, v))
-        return y_BSD, LaCTCache(fast, self._window(k), self._window(v))
+        k, v = (last_tokens(x, self.config.kv_cache_size) for x in (k, v))
+        return y_BSD, LaCTCache(fast, k, v)
 
 
 def _leading_chunk_axis(x: jax.Array) -> jax.Array:

@@ -13,11 +13,13 @@ a chunk, width. `angle_CSP` are RoPE angles.
 """
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
 from lact_jax.models.layers import RMSNorm, linear
 from lact_jax.ops.attention import attend
+from lact_jax.ops.sequence import SequenceLayout
 
 
 class QKVO(nnx.Module):
@@ -43,3 +45,35 @@ def attend_chunks(q_BCSNK: jax.Array, k_BCTNK: jax.Array, v_BCTNK: jax.Array) ->
     batch, chunks = q_BCSNK.shape[:2]
     flat = (x.reshape(batch * chunks, *x.shape[2:]) for x in (q_BCSNK, k_BCTNK, v_BCTNK))
     return attend(*flat).reshape(q_BCSNK.shape)
+
+
+def last_tokens(x_TNK: jax.Array, size: int | None) -> jax.Array:
+    """The last `size` tokens of keys or values (..., T, N, K); all of them where it is None."""
+    if size is None:
+        return x_TNK
+    return x_TNK[..., max(x_TNK.shape[-3] - size, 0) :, :, :]
+
+
+def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.Array:
+    """Attention inside a chunk and, for noise copies, to the clean chunk before (REFERENCE.md 4.7).
+
+    Args:
+      q, k, v: (B, C, S, N, K) in the layout's order, q and k after RoPE.
+      layout: the teacher-forcing sequence's.
+      size: tokens of the clean chunk before that a noise copy sees; None for all.
+
+    Returns:
+      (B, C, S, N, K), in two calls that need no mask.
+    """
+    alone, later, clean = slice(0, layout.later.start), layout.later, layout.clean
+    o_alone = attend_chunks(q[:, alone], k[:, alone], v[:, alone])
+    if layout.num_clean == 0:
+        return o_alone
+    k_later, v_later = (
+        jnp.concatenate(
+            [jnp.repeat(last_tokens(y[:, clean], size), layout.num_repeat, axis=1), y[:, later]],
+            axis=2,
+        )
+        for y in (k, v)
+    )
+    return jnp.concatenate([o_alone, attend_chunks(q[:, later], k_later, v_later)], axis=1)
