@@ -219,6 +219,7 @@ class LaCTTwin:
             return np.mean([np.linalg.norm(a, axis=-1) for a in arrays])
 
         self.stats = {
+            "gate_mean": np.mean([c.gate for c in self.chunks]),
             "fw_lr_norm": mean_norm([c.lr_MS3 for c in self.chunks]),
             "tttx_norm": mean_norm(self.fast),
             "window_x_norm": mean_norm(self.window),
