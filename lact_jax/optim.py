@@ -13,7 +13,7 @@ import optax
 # Parameters that Wan does not have: they train at `new_lr_multiplier` times the learning rate.
 NEW_PARAMETERS = frozenset({
     "w0", "w1", "w2", "qk_scale", "qk_offset", "lr_proj", "momentum_proj", "output_norm",
-    "ttt_scale_proj",
+    "ttt_scale_proj", "initial_state", "decay_down", "decay_up",
 })  # fmt: skip
 
 SCHEDULES = {

@@ -4,20 +4,24 @@ One table of path suffix -> PartitionSpec serves parameters, their moving averag
 moments; every parameter matches exactly one row. Models carry no annotation.
 """
 
+import functools
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "seq")
+from lact_jax.ops.parallel import AXES, BATCH_AXES
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one of them may be -1 for the rest.
 
-    data: replicas. fsdp: parameters, optimiser and batch are cut. seq: tokens of a chunk are cut.
+    data: replicas. fsdp: parameters, optimiser and batch are cut. seq: tokens of a chunk are cut,
+    and parameters and optimiser too.
     """
 
     data: int = -1
@@ -31,10 +35,6 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     shape = [config.data, config.fsdp, config.seq]
     if any(n < 1 and n != -1 for n in shape) or shape.count(-1) > 1:
         raise ValueError(f"mesh={tuple(shape)}: sizes are positive, and one of them may be -1")
-    if config.seq != 1:
-        raise ValueError(
-            f"mesh.seq={config.seq}: sequence sharding is not there yet; use 1 and the other axes"
-        )
     known = int(np.prod([n for n in shape if n != -1]))
     if -1 in shape:
         if len(devices) % known:
@@ -46,27 +46,32 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 # Path suffix -> axes of the tensor without its layer axis. A matrix is cut along its longer or
-# input side; vectors and small tensors are kept whole.
+# input side, over all devices that would else hold equal copies. Vectors and narrow matrices are
+# kept whole: they are a thousandth of the parameters, and gathering one costs as long as a wide one.
+_CUT = ("fsdp", "seq")
 _WHOLE = ()
 TABLE: dict[tuple[str, ...], tuple] = {
-    ("patch_embedding", "kernel"): (None, "fsdp"),
-    ("fc1", "kernel"): (None, "fsdp"),
-    ("fc2", "kernel"): ("fsdp", None),
-    ("time_projection", "kernel"): ("fsdp", None),
-    ("head", "kernel"): ("fsdp", None),
-    ("q", "kernel"): ("fsdp", None),
-    ("k", "kernel"): ("fsdp", None),
-    ("v", "kernel"): ("fsdp", None),
-    ("o", "kernel"): (None, "fsdp"),
-    ("w0",): (None, "fsdp", None),
-    ("w1",): (None, None, "fsdp"),
-    ("w2",): (None, "fsdp", None),
-    ("lr_proj", "kernel"): ("fsdp", None),
-    ("momentum_proj", "kernel"): ("fsdp", None),
-    ("ttt_scale_proj", "kernel"): ("fsdp", None),
-    ("qk_scale",): ("fsdp", None),
-    ("qk_offset",): ("fsdp", None),
-    ("modulation",): (None, "fsdp"),
+    ("patch_embedding", "kernel"): (None, _CUT),
+    ("fc1", "kernel"): (None, _CUT),
+    ("fc2", "kernel"): (_CUT, None),
+    ("time_projection", "kernel"): (_CUT, None),
+    ("head", "kernel"): (_CUT, None),
+    ("q", "kernel"): (_CUT, None),
+    ("k", "kernel"): (_CUT, None),
+    ("v", "kernel"): (_CUT, None),
+    ("o", "kernel"): (None, _CUT),
+    ("w0",): (None, _CUT, None),
+    ("w1",): (None, None, _CUT),
+    ("w2",): (None, _CUT, None),
+    ("initial_state",): (None, _CUT, None),
+    ("lr_proj", "kernel"): _WHOLE,
+    ("momentum_proj", "kernel"): _WHOLE,
+    ("ttt_scale_proj", "kernel"): _WHOLE,
+    ("decay_down", "kernel"): _WHOLE,
+    ("decay_up", "kernel"): _WHOLE,
+    ("qk_scale",): _WHOLE,
+    ("qk_offset",): _WHOLE,
+    ("modulation",): _WHOLE,
     ("bias",): _WHOLE,
     ("scale",): _WHOLE,
 }
@@ -85,6 +90,30 @@ def spec_for(keys: tuple[str, ...], ndim: int) -> PartitionSpec:
     return PartitionSpec(*stacked, *axes) if axes else PartitionSpec()
 
 
+def _divisor(names: tuple[str, ...], size: int, mesh_shape: Mapping[str, int]):
+    """Those of `names` over which a dimension of this size is cut: as an entry of a spec."""
+    cut = tuple(name for name in names if mesh_shape[name] > 1)
+    choices = [cut, *((name,) for name in sorted(cut, key=lambda name: -mesh_shape[name]))]
+    whole = (c for c in choices if c and size % math.prod(mesh_shape[name] for name in c) == 0)
+    axes = next(whole, ())
+    return axes[0] if len(axes) == 1 else axes or None
+
+
+def parameter_spec(
+    mesh_shape: Mapping[str, int], keys: tuple[str, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """How a parameter lies on a mesh: its row of the table, as far as the mesh divides its sizes.
+
+    A dimension that fsdp x seq does not divide is cut over one of them, or is kept whole.
+    """
+    spec = spec_for(keys, len(shape))
+    entries = [
+        _divisor(names, size, mesh_shape) if names else None
+        for size, names in zip(shape, spec, strict=False)
+    ]
+    return PartitionSpec(*entries) if any(entries) else PartitionSpec()
+
+
 def _parameter_keys(path, known: set[tuple[str, ...]]) -> tuple[str, ...] | None:
     """The longest tail of a key path that is a parameter's path (moments mirror parameters)."""
     keys = tuple(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", "")))) for e in path)
@@ -95,28 +124,40 @@ def state_shardings(mesh: Mesh, state, params) -> object:
     """NamedShardings for any tree that mirrors `params` in places (a train state, for example).
 
     A leaf whose path ends in a parameter's path is cut like that parameter; others are replicated.
-    A dimension that the mesh does not divide is kept whole.
     """
     flat = jax.tree_util.tree_leaves_with_path(params)
     known = {tuple(str(e.key) for e in path) for path, _ in flat}
 
     def sharding(path, leaf):
         keys = _parameter_keys(path, known)
-        spec = PartitionSpec() if keys is None else spec_for(keys, leaf.ndim)
-        axes = [
-            name if name and size % mesh.shape[name] == 0 else None
-            for size, name in zip(leaf.shape, spec, strict=False)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        whole = PartitionSpec()
+        spec = whole if keys is None else parameter_spec(mesh.shape, keys, leaf.shape)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are cut along their first axis over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """One whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be traced for this mesh: models bound in it are cut over its devices.
+
+    On a mesh of one device it is `function` itself.
+    """
+    if mesh.size == 1:
+        return function
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced

@@ -33,6 +33,8 @@ MODELS = {name: None for name in CONFIGS} | {
         **SMALL, attn_every_n_layers=2, lact=(LaCTConfig(fw_head_dim=12, momentum=True),)
     ),
     "full attention": DiTConfig(**SMALL, mixer="full"),
+    "window": DiTConfig(**SMALL, mixer="window"),
+    "gated linear": DiTConfig(**SMALL, mixer="gla"),
 }
 
 
@@ -57,8 +59,11 @@ def test_every_parameter_matches_one_row_of_its_rank(name):
 
 
 def test_every_row_has_a_parameter():
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(MODELS["every option"]))
-    names = [keys_of(path) for path, _ in leaves]
+    names = [
+        keys_of(path)
+        for model in (MODELS["every option"], MODELS["gated linear"])
+        for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    ]
     assert all(any(n[-len(row) :] == row for n in names) for row in sharding.TABLE)
 
 

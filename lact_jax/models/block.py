@@ -12,12 +12,19 @@ from einops import rearrange
 from flax import nnx
 
 from lact_jax.models.full_attention import FullAttention
+from lact_jax.models.gla import GatedLinearAttention
 from lact_jax.models.lact import LaCT
 from lact_jax.models.layers import MLP, AffineLayerNorm, RMSNorm, gelu_tanh, layer_norm, linear
+from lact_jax.models.window import WindowAttention
 from lact_jax.ops.attention import attend
 
 # Mixer name -> module; mixer.py says what a mixer is.
-MIXERS = {"lact": LaCT, "full": FullAttention}
+MIXERS = {
+    "lact": LaCT,
+    "window": WindowAttention,
+    "full": FullAttention,
+    "gla": GatedLinearAttention,
+}
 
 
 class CrossAttention(nnx.Module):

@@ -1,4 +1,4 @@
-"""The Wan diffusion transformer over chunks, with LaCT or full attention as the sequence mixer.
+"""The Wan diffusion transformer over chunks, with a choice of sequence mixers.
 
 Letters: B batch, C chunks, F latent frames of a chunk, h, w latent height and width, c latent
 channels, S tokens of a chunk, D width, L text tokens, Q text width, N heads, K head width,
@@ -20,6 +20,7 @@ from jax.tree_util import keystr
 
 from lact_jax.models import layers
 from lact_jax.models.block import MIXERS, Block, Head
+from lact_jax.models.gla import GLAConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.models.layers import MLP, gelu_tanh, linear
 from lact_jax.ops.rope import rope_angles
@@ -51,9 +52,12 @@ class DiTConfig:
     """Sizes and options of the model; the defaults are Wan2.1 T2V-1.3B with LaCT layers.
 
     Attributes:
-      mixer: 'lact' or 'full', the mixer of every layer but those that `attn_every_n_layers` names.
+      mixer: a key of MIXERS, for every layer but those that `attn_every_n_layers` names: 'lact',
+        'window' (window attention alone), 'gla' (and a gated linear state) or 'full' attention.
       attn_every_n_layers: layer i is full attention where (i + 1) is a multiple; 0 for none.
-      lact: one LaCTConfig or several, cycled over the layers.
+      lact: one LaCTConfig or several, cycled over the layers. 'window' and 'gla' take from it what
+        they share with LaCT, the window's size for one.
+      gla: the state of 'gla'.
       remat: 'none', or a key of REMAT_POLICIES.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
     """
@@ -71,6 +75,7 @@ class DiTConfig:
     mixer: str = "lact"
     attn_every_n_layers: int = 0
     lact: tuple[LaCTConfig, ...] = (LaCTConfig(),)
+    gla: GLAConfig = GLAConfig()
     remat: str = "full"
     dtype: str = "bfloat16"
 
@@ -93,10 +98,14 @@ class DiTConfig:
             raise ValueError(
                 f"model.lact fw_head_dim={bad[0].fw_head_dim} does not divide model.dim={self.dim}"
             )
+        if self.gla.head_dim and self.dim % self.gla.head_dim:
+            raise ValueError(
+                f"model.gla.head_dim={self.gla.head_dim} does not divide model.dim={self.dim}"
+            )
 
     @property
     def layer_specs(self) -> tuple[tuple[str, LaCTConfig | None], ...]:
-        """(mixer name, its options) of every layer."""
+        """(mixer name, its LaCT options) of every layer."""
         every = self.attn_every_n_layers
 
         def spec(i):

@@ -12,7 +12,6 @@ from einops import rearrange
 
 from lact_jax.models.mixer import QKVO
 from lact_jax.ops.attention import attend
-from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
 
@@ -33,13 +32,9 @@ class FullAttention(QKVO):
         del options
         super().__init__(config.dim, config.num_heads, config.eps, dtype=config.dtype, rngs=rngs)
 
-    def _rotated(self, x, angle):
-        q, k, v = self.project(x)
-        return apply_rope(q, angle), apply_rope(k, angle), v
-
     def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
         """See mixer.py. Each step of the loop has exactly its keys, so no mask is needed."""
-        q, k, v = self._rotated(x_BCSD, angle_CSP)
+        q, k, v = self.rotated(x_BCSD, angle_CSP)
         repeat = layout.num_repeat
         first = _attend_each(q[:, layout.first], k[:, layout.first], v[:, layout.first], None)
         clean, later = [], []
@@ -65,7 +60,7 @@ class FullAttention(QKVO):
 
     def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: FullCache):
         """See mixer.py."""
-        q, k, v = (y[:, 0] for y in self._rotated(x_BSD[:, None], angle_SP[None]))
+        q, k, v = (y[:, 0] for y in self.rotated(x_BSD[:, None], angle_SP[None]))
         k_BTNK = jnp.concatenate([cache.k_BTNK, k], axis=1)
         v_BTNK = jnp.concatenate([cache.v_BTNK, v], axis=1)
         o_BSNK = attend(q, k_BTNK, v_BTNK)

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from lact_jax.models.layers import RMSNorm, linear, project_float32
-from lact_jax.models.mixer import QKVO, last_tokens, window_attention
+from lact_jax.models.mixer import QKVO, last_tokens, mean_norm, window_attention
 from lact_jax.ops import fast_weights as fw
 from lact_jax.ops.attention import attend
 from lact_jax.ops.numerics import l2_norm
@@ -189,8 +189,8 @@ class LaCT(QKVO):
         y_BCSD = self._merge(x_BCSD, o_fast, o_window)
         stats = fast_stats | {
             "gate_mean": jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD))),
-            "window_x_norm": _mean_norm(rearrange(o_window, "... n k -> ... (n k)")),
-            "y_norm": _mean_norm(y_BCSD),
+            "window_x_norm": mean_norm(rearrange(o_window, "... n k -> ... (n k)")),
+            "y_norm": mean_norm(y_BCSD),
         }
         return y_BCSD, stats
 
@@ -224,11 +224,11 @@ class LaCT(QKVO):
         )
         w0, w1, w2 = fw.to_matrices(state.weights)
         stats = {
-            "fw_lr_norm": _mean_norm(lr),
-            "fw_w0_norm": _mean_norm(w0),
-            "fw_w1_norm": _mean_norm(w1),
-            "fw_w2_norm": _mean_norm(w2),
-            "tttx_norm": _mean_norm(o_fast),
+            "fw_lr_norm": mean_norm(lr),
+            "fw_w0_norm": mean_norm(w0),
+            "fw_w1_norm": mean_norm(w1),
+            "fw_w2_norm": mean_norm(w2),
+            "tttx_norm": mean_norm(o_fast),
         }
         return o_fast, stats
 
@@ -271,9 +271,3 @@ class LaCT(QKVO):
 def _leading_chunk_axis(x: jax.Array) -> jax.Array:
     """Swaps batch and chunk axes: scans run over the leading one."""
     return jnp.swapaxes(x, 0, 1)
-
-
-def _mean_norm(x: jax.Array) -> jax.Array:
-    """Mean L2 norm over the last axis, without a gradient: a float32 scalar."""
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    return jnp.mean(jnp.linalg.norm(x, axis=-1))

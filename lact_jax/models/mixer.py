@@ -19,6 +19,7 @@ from flax import nnx
 
 from lact_jax.models.layers import RMSNorm, linear
 from lact_jax.ops.attention import attend
+from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
 
@@ -39,12 +40,23 @@ class QKVO(nnx.Module):
         qkv = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         return tuple(rearrange(y, "... (n k) -> ... n k", n=self.num_heads) for y in qkv)
 
+    def rotated(self, x: jax.Array, angle_CSP: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `project`, q and k after RoPE."""
+        q, k, v = self.project(x)
+        return apply_rope(q, angle_CSP), apply_rope(k, angle_CSP), v
+
 
 def attend_chunks(q_BCSNK: jax.Array, k_BCTNK: jax.Array, v_BCTNK: jax.Array) -> jax.Array:
     """Attention inside every chunk: queries of a chunk see that chunk's keys only."""
     batch, chunks = q_BCSNK.shape[:2]
     flat = (x.reshape(batch * chunks, *x.shape[2:]) for x in (q_BCSNK, k_BCTNK, v_BCTNK))
     return attend(*flat).reshape(q_BCSNK.shape)
+
+
+def mean_norm(x: jax.Array) -> jax.Array:
+    """Mean L2 norm over the last axis, without a gradient: a float32 scalar, for `stats`."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return jnp.mean(jnp.linalg.norm(x, axis=-1))
 
 
 def last_tokens(x_TNK: jax.Array, size: int | None) -> jax.Array:
