@@ -34,12 +34,14 @@ def make(options: video_folder.Options, settings: Settings) -> grain.IterDataset
     return video_folder.make(options)
 
 
-def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
-    """`make` for a run; `data.options` may set clip counts of both splits, seed and split."""
-    del text
+def folders(config: Any, codec: Any) -> dict[str, tuple[video_folder.Options, Settings]]:
+    """For each split, how to read its folder and what to write into it.
+
+    `data.options` may set clip counts of both splits, seed and split.
+
+    Raises ValueError for an unknown option, or sizes that are not square.
+    """
     data = config.data
-    options = video_folder.options_from_config(config, codec)
-    options = dataclasses.replace(options, path=data.path or DEFAULT_PATH, split=split)
     known = {"num_shapes", "num_rings", "seed", "split", *_VALIDATION_CLIPS}
     if unknown := sorted(set(data.options) - known):
         raise ValueError(
@@ -58,8 +60,29 @@ def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> gra
         chunk_frames=config.objective.frames_per_chunk,
         **counts,
     )
-    if split == "validation":
-        other = SPLITS[1 - SPLITS.index(settings.split)]
-        settings = dataclasses.replace(settings, split=other, **held_out)
-        options = dataclasses.replace(options, path=str(Path(options.path) / VALIDATION))
-    return make(options, settings)
+    other = SPLITS[1 - SPLITS.index(settings.split)]
+    path = Path(data.path or DEFAULT_PATH)
+    options = dataclasses.replace(
+        video_folder.options_from_config(config, codec), path=str(path), split="train"
+    )
+    return {
+        "train": (options, settings),
+        "validation": (
+            dataclasses.replace(options, path=str(path / VALIDATION), split="validation"),
+            dataclasses.replace(settings, split=other, **held_out),
+        ),
+    }
+
+
+def write_folders(config: Any, codec: Any) -> dict[str, str]:
+    """Writes the clips of both splits where they aren't there; returns their folders."""
+    found = folders(config, codec)
+    for options, settings in found.values():
+        write_folder(options.path, settings)
+    return {split: options.path for split, (options, _) in found.items()}
+
+
+def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
+    """`make` for a run; raises as `folders`."""
+    del text
+    return make(*folders(config, codec)[split])

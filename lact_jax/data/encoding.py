@@ -1,0 +1,216 @@
+"""Encodes a folder of videos once, shard by shard, into what `encoded` reads.
+
+Each process takes every process_count-th shard. A shard takes its name when all its clips are
+encoded, and its report, which says what is in it, is written after it; a run that was killed goes
+on with the first shard that has no report. The process that finds the reports of all shards makes
+the data set of them (see `encoding_merge`). Clips are encoded one at a time, so that the result is
+the same, bit for bit, however the work is divided.
+
+Legend: T frames, F latent frames, h, w latent cells, C latent channels, L text tokens, D text
+width.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+from array_record.python import array_record_module
+from tqdm import tqdm
+
+from lact_jax.data import encoded_format as layout
+from lact_jax.data.encoding_merge import merge, record_file, report_file
+from lact_jax.data.encoding_source import Shard, cut_shards, find_clips, fingerprint
+from lact_jax.data.listing import Clip
+from lact_jax.video_io import VideoError, read_video, replacing
+
+PLAN = "plan.json"
+SHARD_SIZE = 64
+_CAPTIONS_KEPT = 1024  # embeddings of the last captions, for clips that share them
+
+
+def encode_dataset(
+    config: Any,
+    codec: Any,
+    text: Any,
+    *,
+    dst: str | os.PathLike,
+    src: str | None = None,
+    holdout: int = 0,
+    shard_size: int = SHARD_SIZE,
+    process_index: int = 0,
+    process_count: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Encodes this process's share of the shards that are missing, and merges if it is the last.
+
+    Args:
+      config: `lact_jax.config.Config`; `data` says how clips are read.
+      codec, text: as in `lact_jax.encoders`.
+      dst: the data set's folder; made if missing, gone on with if it was begun.
+      src: a folder of videos with captions; None for the data set that the config names.
+      holdout: clips of the folder that make the validation split, chosen by hashes of their names.
+      shard_size: clips a file.
+      process_index, process_count: of this process among those that encode together.
+      stop: asked before each clip; once it is true, the work ends, and finished shards stay.
+
+    Returns:
+      The summary of the finished data set, or None while shards are missing: this run was
+      stopped, or other processes have not finished theirs.
+
+    Raises:
+      FileExistsError: dst holds something else, or was begun with other settings or videos (every
+        difference is listed).
+      FileNotFoundError, ValueError: the videos can't be listed, or none of them can be used.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must be from 0 to below {process_count}")
+    dst = Path(dst)
+    clips = find_clips(config, codec, src, holdout)
+    shards = cut_shards(clips, shard_size)
+    plan = {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        **layout.describe(config, codec, text),
+        "source": {
+            "clips": {split: len(members) for split, members in clips.items()},
+            "fingerprint": fingerprint(clips),
+            "shard_size": shard_size,
+        },
+    }
+    if _begin(dst, plan):
+        work = dst / layout.UNFINISHED
+        mine = [
+            s for s in shards[process_index::process_count] if not report_file(work, s).exists()
+        ]
+        _encode_shards(work, mine, config.data, _Encoder(config, codec, text), process_index, stop)
+    if stop():
+        return None
+    return merge(dst, plan, shards, text)
+
+
+def _begin(dst: Path, plan: dict[str, Any]) -> bool:
+    """Whether there is anything to encode; FileExistsError if dst is not for this plan."""
+    finished, begun = dst / layout.MANIFEST, dst / layout.UNFINISHED / PLAN
+    found = next((path for path in (finished, begun) if path.exists()), None)
+    if found is None:
+        if dst.is_dir() and (strangers := [p.name for p in dst.iterdir() if p.name[0] != "."]):
+            raise FileExistsError(
+                f"{dst}: holds files ({', '.join(sorted(strangers)[:3])}, …) but no data set that "
+                "was begun here; give another folder"
+            )
+        with replacing(begun) as temporary:
+            temporary.write_text(json.dumps(plan, indent=1) + "\n")
+        return True
+    if lines := layout.differences(layout.read_json(found), plan):
+        raise FileExistsError(
+            f"{dst}: was encoded with other settings or other videos:\n  "
+            + "\n  ".join(lines)
+            + "\nGive the settings it was begun with, or another --dst"
+        )
+    return found == begun
+
+
+class _Encoder:
+    """Frames and a caption -> a serialised record."""
+
+    def __init__(self, config: Any, codec: Any, text: Any):
+        self._fps, self._codec = config.data.fps, codec
+        self._features = layout.features(codec.latent_channels, text.text_dim)
+        self._text = functools.lru_cache(_CAPTIONS_KEPT)(
+            lambda caption: layout.cut_text(np.asarray(text.encode([caption])[0], np.float32))
+        )
+
+    def __call__(self, clip: Clip, frames_THW3: np.ndarray) -> bytes | None:
+        """None where the latent is not finite."""
+        latent_FhwC = np.asarray(self._codec.encode(frames_THW3[None])[0], np.float32)
+        if not np.isfinite(latent_FhwC).all():
+            return None
+        time, height, width, _ = frames_THW3.shape
+        return self._features.serialize_example({
+            "latent": latent_FhwC.astype(ml_dtypes.bfloat16),
+            "text": self._text(clip.caption),
+            "caption": clip.caption,
+            "name": clip.name,
+            "fps": self._fps,
+            "size": np.array([height, width, time], np.int32),
+        })  # fmt: skip
+
+
+def _encode_shards(
+    work: Path,
+    shards: list[Shard],
+    data: Any,
+    encode: _Encoder,
+    process_index: int,
+    stop: Callable[[], bool],
+) -> None:
+    """Encodes shards until all are done or `stop()`; decoding threads work ahead across them."""
+    for leftover in work.glob(f".writing-{process_index}-*"):  # of a run that was killed
+        leftover.unlink()
+    clips = [clip for shard in shards for clip in shard.clips]
+    decoded = iter(_decoding(clips, data)) if clips else iter(())
+    with tqdm(total=len(clips), unit="clip", desc="encoding") as bar:
+        for shard in shards:
+            temporary = work / f".writing-{process_index}-{shard.name}"
+            report = _encode_shard(temporary, shard, decoded, encode, stop, bar)
+            if report is None:
+                temporary.unlink()
+                return
+            os.replace(temporary, record_file(work, shard))
+            with replacing(report_file(work, shard)) as file:
+                file.write_text(json.dumps(report) + "\n")
+
+
+def _decoding(clips: list[Clip], data: Any) -> grain.IterDataset:
+    """Frames (T, H, W, 3) of each clip, or the reason why there are none."""
+
+    def read(clip: Clip) -> np.ndarray | str:
+        try:
+            return read_video(
+                clip.file, fps=data.fps, height=data.height, width=data.width,
+                num_frames=data.num_frames,
+            )  # fmt: skip
+        except VideoError as error:
+            return str(error)
+
+    threads = data.num_threads
+    return grain.MapDataset.source(clips).map(read).to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    )  # fmt: skip
+
+
+def _encode_shard(
+    path: Path,
+    shard: Shard,
+    decoded: Iterator[np.ndarray | str],
+    encode: _Encoder,
+    stop: Callable[[], bool],
+    bar: tqdm,
+) -> dict[str, Any] | None:
+    """Writes the records. Returns what was kept, and why other clips were not; None if stopped."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    kept, skipped = [], {}
+    try:
+        for clip in shard.clips:
+            if stop():
+                return None
+            frames = next(decoded)
+            record = frames if isinstance(frames, str) else encode(clip, frames)
+            if isinstance(record, bytes):
+                writer.write(record)
+                kept.append(clip.name)
+            else:
+                skipped[clip.name] = record or f"{clip.file}: its latent has NaN or infinity"
+            bar.set_postfix(shard=shard.name, skipped=len(skipped), refresh=False)
+            bar.update()
+    finally:
+        writer.close()
+    return {"kept": kept, "skipped": skipped, "bytes": path.stat().st_size}

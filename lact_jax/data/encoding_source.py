@@ -1,0 +1,90 @@
+"""Which clips go into an encoded data set, and into which shard each goes.
+
+All of it depends on names and settings alone: any process, at any time, finds the same shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lact_jax.data import synthetic_dataset
+from lact_jax.data.listing import Clip, list_clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The clips of one file, some of which may turn out to be of no use."""
+
+    split: str
+    index: int
+    clips: tuple[Clip, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.index:05d}"
+
+
+def find_clips(config: Any, codec: Any, src: str | None, holdout: int) -> dict[str, list[Clip]]:
+    """The clips of each split, sorted by name.
+
+    Args:
+      config: `lact_jax.config.Config`.
+      codec: as in `lact_jax.encoders`.
+      src: a folder of videos with captions; None for the data set that the config names.
+      holdout: clips of the folder for validation.
+
+    Raises:
+      ValueError: a data set that has no videos; or nothing is left to train on.
+      FileNotFoundError, ValueError: as `list_clips`.
+    """
+    data = config.data
+    if src is None and data.name == "synthetic":
+        if holdout:
+            raise ValueError(
+                f"--holdout={holdout}: the synthetic data set has validation clips of its own; "
+                "data.options.num_validation_shapes and num_validation_rings say how many"
+            )
+        folders = synthetic_dataset.write_folders(config, codec)
+        return {split: list_clips(Path(path)) for split, path in folders.items()}
+    if src is None and (data.name != "video_folder" or not data.path):
+        raise ValueError(
+            f"nothing to encode: give --src=VIDEOS (data.name={data.name!r}, data.path="
+            f"{data.path!r} is neither a folder of videos nor the synthetic data set)"
+        )
+    return split_clips(list_clips(Path(src or data.path)), holdout)
+
+
+def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:
+    """Holds out the clips whose names have the smallest hashes; ValueError if all would be."""
+    if not 0 <= holdout < len(clips):
+        raise ValueError(f"holdout={holdout}: must be from 0 to below the {len(clips)} clips")
+    by_hash = sorted(clips, key=lambda clip: hashlib.sha256(clip.name.encode()).digest())
+    held_out = {clip.name for clip in by_hash[:holdout]}
+    return {
+        "train": [clip for clip in clips if clip.name not in held_out],
+        "validation": [clip for clip in clips if clip.name in held_out],
+    }
+
+
+def cut_shards(clips: Mapping[str, Sequence[Clip]], shard_size: int) -> list[Shard]:
+    """`shard_size` clips a shard, in order; ValueError unless that is positive."""
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}: must be at least 1")
+    return [
+        Shard(split, index, tuple(members[start : start + shard_size]))
+        for split, members in clips.items()
+        for index, start in enumerate(range(0, len(members), shard_size))
+    ]
+
+
+def fingerprint(clips: Mapping[str, Sequence[Clip]]) -> str:
+    """Changes with any name, caption or split of a clip."""
+    rows = (f"{split}\0{clip.name}\0{clip.caption}\0" for split in clips for clip in clips[split])
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.encode())
+    return digest.hexdigest()
