@@ -12,7 +12,7 @@ from absl import app, flags
 from flax import traverse_util
 
 from benchmarks import common
-from benchmarks.flops import count_flops
+from lact_jax.flops import count_flops
 from lact_jax.models.umt5 import UMT5Config, abstract_umt5, umt5_encode
 from lact_jax.umt5_weights import config_to_transformers, rows
 from lact_jax.wan_weights import TRANSPOSED

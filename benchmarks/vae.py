@@ -13,7 +13,7 @@ from absl import app, flags
 from flax import nnx, traverse_util
 
 from benchmarks import common
-from benchmarks.flops import count_flops
+from lact_jax.flops import count_flops
 from lact_jax.models import vae_codec
 from lact_jax.models.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
 from lact_jax.vae_weights import TRANSFORMS, rows

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import common
-from benchmarks.flops import count_flops
+from lact_jax.flops import count_flops
 from lact_jax.models.vae_codec import compiler_options
 
 SMALL = flags.DEFINE_bool("small", False, "Tiny shapes, to see that the script runs.")

@@ -32,6 +32,7 @@ ALLOWED = {
     },
     "wan_encoders": {"convert", "models", "text"},
     "encoders": {"models", "wan_encoders"},
+    "flops": {"models", "objective", "ops"},
     "optim": set(),
     "sharding": set(),
     "interrupt": set(),
