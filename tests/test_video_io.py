@@ -27,9 +27,9 @@ def numbers(frames, count):
 
 
 def write_at(path, frames, times_s, key_every=250):
-    """An mp4 whose frames are shown at given times."""
+    """An mp4 whose frames are shown at given times, with key frames only where asked for."""
     with av.open(str(path), "w") as container:
-        options = {"crf": "5", "bf": "0", "sc_threshold": "0"}  # key frames where they are asked for
+        options = {"crf": "5", "bf": "0", "sc_threshold": "0"}
         stream = container.add_stream("libx264", rate=1000, options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.gop_size = key_every

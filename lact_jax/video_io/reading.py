@@ -37,6 +37,10 @@ _UNREADABLE = "can't be read as a video, it is cut off or of another type"
 # AVI knows the order in which pictures are decoded and no time to show them at. They leave the
 # decoder in the order of showing, and their decoding times are as evenly spaced.
 _TIMESTAMP = {"avi": "dts"}
+# Titles come in any encoding and nobody needs them. PyAV 19 reads them all, and dropped the option.
+_ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Quarter turns counterclockwise -> what `_orientation` returns.
+_TURNS = ((False, False, False), (True, True, False), (False, True, True), (True, False, True))
 
 
 class VideoError(ValueError):
@@ -70,6 +74,8 @@ class VideoInfo:
 def probe_video(path: os.PathLike | str) -> VideoInfo:
     """Reads the container's header and index, decoding nothing.
 
+    Where they don't say how long the file is (a recording by a browser), its packets are read too.
+
     Raises:
       FileNotFoundError: no such file.
       VideoError: not a video, no video stream (an audio file), no frames, or an index that
@@ -79,6 +85,8 @@ def probe_video(path: os.PathLike | str) -> VideoInfo:
     with _open(path) as (container, stream):
         _check_index(path, stream)
         duration = _duration(container, stream)
+        if duration is None and not _is_still(container):
+            duration = _scanned_duration(container, stream)
         return VideoInfo(
             path=path,
             height=stream.codec_context.height,
@@ -135,23 +143,23 @@ def read_video(
     step = 1 / Fraction(fps)
     frames: list[np.ndarray] = []
     with _open(path) as (container, stream):
-        wanted = 1 if num_frames is None and _is_still(container) else num_frames
+        most = 1 if _is_still(container) else num_frames
         stream.codec_context.thread_count = 1  # loaders run one clip a thread
         scaler = VideoReformatter()  # keeps its tables from frame to frame
         for shown, until in _pictures(path, container, stream, start * step):
             image = None
-            while (start + len(frames)) * step + _LATE_S < until and len(frames) != wanted:
+            while (start + len(frames)) * step + _LATE_S < until and len(frames) != most:
                 if image is None:
                     image = _to_rgb(shown, scaler, _pixel_aspect(stream), size, crop)
                 frames.append(image)
-            if len(frames) == wanted or _is_still(container):
+            if len(frames) == most:
                 break
-        if wanted is None:
+        if most is None:
             _check_whole(path, container, stream, until)
-    if not frames or (wanted is not None and len(frames) < wanted):
+    if len(frames) < (num_frames or 1):
         raise VideoError(
             f"{path}: {len(frames)} frames at {fps:g} fps from frame {start} on, "
-            f"{wanted or 1} asked for: the clip is too short or cut off"
+            f"{num_frames or 1} asked for: the clip is too short or cut off"
         )
     return np.stack(frames)
 
@@ -162,7 +170,7 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such video file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), **_ANY_TITLE) as container:
             # A song's cover picture is a video stream too, of one frame.
             streams = [s for s in container.streams.video
                        if not s.disposition & Disposition.attached_pic]
@@ -208,6 +216,15 @@ def _duration(container, stream) -> Fraction | None:
         return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours) - begin
     end = container.duration
     return None if end is None else Fraction(end, av.time_base) - begin
+
+
+def _scanned_duration(container, stream) -> Fraction | None:
+    """Seconds from the first packet's picture to the end of the last, or None without times."""
+    times = [(packet.pts, packet.duration or 0) for packet in container.demux(stream)
+             if packet.pts is not None]  # fmt: skip
+    if not times:
+        return None
+    return (max(pts + lasts for pts, lasts in times) - min(times)[0]) * stream.time_base
 
 
 def _check_whole(path: Path, container, stream, end: Fraction) -> None:
@@ -279,9 +296,12 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
     A display matrix [[a, b], [c, d]] puts the pixel (x, y) at (a x + c y, b x + d y).
     """
-    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    try:
+        data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # PyAV before 19 stops at kinds of side data it doesn't know, such as EXIF
+        return _TURNS[round(frame.rotation / 90) % 4]
     if data is None:
-        return False, False, False
+        return _TURNS[0]
     a, b, _, c, d = np.frombuffer(data, np.int32)[:5]
     return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
 
