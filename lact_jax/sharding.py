@@ -47,15 +47,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 # Path suffix -> axes of the tensor without its layer axis. A matrix is cut along its longer or
 # input side, over all devices that would else hold equal copies. Vectors and narrow matrices are
-# kept whole: they are a thousandth of the parameters, and gathering one costs as long as a wide one.
+# kept whole: they are a hundredth of the parameters, and to gather one takes as long as a wide one.
 _CUT = ("fsdp", "seq")
 _WHOLE = ()
 TABLE: dict[tuple[str, ...], tuple] = {
-    ("patch_embedding", "kernel"): (None, _CUT),
+    ("patch_embedding", "kernel"): _WHOLE,
     ("fc1", "kernel"): (None, _CUT),
     ("fc2", "kernel"): (_CUT, None),
     ("time_projection", "kernel"): (_CUT, None),
-    ("head", "kernel"): (_CUT, None),
+    ("head", "kernel"): _WHOLE,
     ("q", "kernel"): (_CUT, None),
     ("k", "kernel"): (_CUT, None),
     ("v", "kernel"): (_CUT, None),

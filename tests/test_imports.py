@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "lact_jax"
 
 ALLOWED = {
     "ops": set(),
-    "models": {"ops"},
+    "sharding": {"ops"},
+    "models": {"ops", "sharding"},
     "diffusion": set(),
     "objective": {"diffusion", "models", "ops"},
     "video_io": set(),
@@ -34,7 +35,6 @@ ALLOWED = {
     "encoders": {"models", "wan_encoders"},
     "flops": {"models", "objective", "ops"},
     "optim": set(),
-    "sharding": set(),
     "interrupt": set(),
     "workdir": set(),
     "run_logging": {"workdir"},

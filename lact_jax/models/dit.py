@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.tree_util import keystr
 
 from lact_jax.models import layers
@@ -23,6 +24,8 @@ from lact_jax.models.block import MIXERS, Block, Head
 from lact_jax.models.gla import GLAConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.models.layers import MLP, gelu_tanh, linear
+from lact_jax.models.sharded import ShardedDiT
+from lact_jax.ops import parallel
 from lact_jax.ops.rope import rope_angles
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -142,11 +145,15 @@ class Cache:
 
 
 class DiT(nnx.Module):
-    """The model: `sequence` for training, `init_cache`, `denoise` and `commit` for sampling."""
+    """The model: `sequence` for training, `init_cache`, `denoise` and `commit` for sampling.
+
+    gather_layer: makes whole the states of a period's layers where a device has only parts of
+      them (models/sharded.py); None where it has all.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         dim, period = config.dim, config.period
-        self.config = config
+        self.config, self.gather_layer = config, None
         patch_width = config.latent_channels
         for size in config.patch_size:
             patch_width *= size
@@ -179,14 +186,16 @@ class DiT(nnx.Module):
     def _scan(self, body, carry, extra):
         """lax.scan over layers: body(carry, blocks of one period, extra of one period)."""
         graphs, states = zip(*self._stacks(), strict=True)
+        remat, gather = self.config.remat, self.gather_layer
 
         def step(carry, inputs):
             states, extra = inputs
+            states = states if gather is None else gather(states)
             merged = tuple(nnx.merge(g, s) for g, s in zip(graphs, states, strict=True))
             return body(carry, merged, extra)
 
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
+        if remat != "none" or gather is not None:
+            policy = REMAT_POLICIES.get(remat, parallel.is_computed_here)
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, carry, (states, extra))
 
@@ -200,12 +209,13 @@ class DiT(nnx.Module):
         frames, height, width = self.config.patch_size
         head_dim = self.config.dim // self.config.num_heads
         grid = latent_hw[0] // height, latent_hw[1] // width
-        return rope_angles(frame_CF[:, ::frames] // frames, *grid, head_dim)
+        angle_CSP = rope_angles(frame_CF[:, ::frames] // frames, *grid, head_dim)
+        return parallel.own_tokens(angle_CSP, axis=1)
 
     def _run(self, x_BCFhwc, timestep_BC, text_kv, extra, mix):
         """Embeds, runs the blocks and projects back. `mix(mixer, y, extra_of_layer)`."""
         frames, height, width = x_BCFhwc.shape[2:5]
-        tokens = layers.patchify(x_BCFhwc, self.config.patch_size)
+        tokens = parallel.own_tokens(layers.patchify(x_BCFhwc, self.config.patch_size), axis=2)
         x_BCSD = self.patch_embedding(tokens).astype(jnp.float32)
         e, e0 = self._time(timestep_BC)
 
@@ -217,7 +227,7 @@ class DiT(nnx.Module):
             return x, tuple(aux)
 
         x_BCSD, aux = self._scan(body, x_BCSD, (text_kv, extra))
-        out = self.head(x_BCSD, e)
+        out = parallel.all_tokens(self.head(x_BCSD, e), axis=2)
         return layers.unpatchify(out, self.config.patch_size, frames, height, width), aux
 
     def text_kv(self, text_BLQ: jax.Array) -> tuple:
@@ -273,7 +283,7 @@ class DiT(nnx.Module):
 
         nothing = (None,) * self.config.period
         out, stats = self._run(x_BCFhwc, timestep_BC, self.text_kv(text_BLQ), nothing, mix)
-        return out, _by_layer(stats, self.config)
+        return out, parallel.mean_over_devices(_by_layer(stats, self.config))
 
     # Sampling.
 
@@ -285,6 +295,13 @@ class DiT(nnx.Module):
             return carry, tuple(block.self_attn.init_cache(batch) for block in blocks)
 
         return Cache(self._scan(body, None, None)[1], jnp.zeros((), jnp.int32))
+
+    def cache_specs(self, batch_axes: tuple[str, ...]) -> Cache:
+        """How the mesh cuts a cache whose batch is cut over `batch_axes`: PartitionSpecs."""
+        mixers = (self.blocks[str(i)].self_attn for i in range(self.config.period))
+        specs = tuple(mixer.cache_specs(batch_axes) for mixer in mixers)
+        stacked = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
+        return Cache(stacked, PartitionSpec())
 
     def _next_angles(self, x_BFhwc, cache):
         frames = x_BFhwc.shape[1]
@@ -361,8 +378,8 @@ def _check_fit(expected: dict, params: dict) -> None:
         raise ValueError(f"parameters that don't fit the model are {'; '.join(listed)}")
 
 
-def bind(config: DiTConfig, params: dict) -> DiT:
-    """The model with these parameters.
+def bind(config: DiTConfig, params: dict) -> DiT | ShardedDiT:
+    """The model with these parameters, cut over the mesh where one is traced for.
 
     Raises:
       ValueError: lists the parameters that are missing, unexpected or of another shape.
@@ -371,4 +388,5 @@ def bind(config: DiTConfig, params: dict) -> DiT:
     _check_fit(nnx.to_pure_dict(state), params)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state)
+    return model if parallel.mesh_shape() is None else ShardedDiT(model)

@@ -4,28 +4,23 @@ Letters: B batch, C chunks, S tokens of a chunk, T key tokens, D width, N heads,
 P = K / 2.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from lact_jax.models.mixer import QKVO
+from lact_jax.models.mixer import QKVO, KeyValues, attend_with_past
 from lact_jax.ops.attention import attend
+from lact_jax.ops.parallel import attend_to_whole_chunks
 from lact_jax.ops.sequence import SequenceLayout
-
-
-class FullCache(NamedTuple):
-    """Keys (after RoPE) and values of every committed chunk: (B, T, N, K), T grows by S."""
-
-    k_BTNK: jax.Array
-    v_BTNK: jax.Array
 
 
 class FullAttention(QKVO):
     """Attends to the own chunk and to all clean chunks before it (REFERENCE.md 4).
 
-    With a sequence of one chunk this is the plain bidirectional attention of Wan.
+    With a sequence of one chunk this is the plain bidirectional attention of Wan. Its cache holds
+    the keys and values of every committed chunk: T grows by S.
     """
 
     def __init__(self, config, options, *, rngs):
@@ -34,37 +29,45 @@ class FullAttention(QKVO):
 
     def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
         """See mixer.py. Each step of the loop has exactly its keys, so no mask is needed."""
-        q, k, v = self.rotated(x_BCSD, angle_CSP)
-        repeat = layout.num_repeat
-        first = _attend_each(q[:, layout.first], k[:, layout.first], v[:, layout.first], None)
-        clean, later = [], []
-        k_clean, v_clean = k[:, layout.clean], v[:, layout.clean]
-        for i in range(layout.num_clean):
-            past = tuple(rearrange(y[:, : i + 1], "b c s n k -> b (c s) n k")
-                         for y in (k_clean, v_clean))  # fmt: skip
-            start = layout.later.start + i * repeat
-            copies = slice(start, start + repeat)
-            clean.append(attend(q[:, layout.clean.start + i], *past)[:, None])
-            later.append(_attend_each(q[:, copies], k[:, copies], v[:, copies], past))
-        o_BCSNK = jnp.concatenate([first, *clean, *later], axis=1)
+        o_BCSNK, _ = attend_to_whole_chunks(
+            partial(_attend_to_clean, layout=layout), *self.rotated(x_BCSD, angle_CSP)
+        )
         return self.o(rearrange(o_BCSNK, "b c s n k -> b c s (n k)")), {}
 
-    def init_cache(self, batch: int) -> FullCache:
+    def init_cache(self, batch: int) -> KeyValues:
         """An empty cache."""
-        empty = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
-        return FullCache(empty, empty)
+        return self.no_past(batch)
 
-    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: FullCache) -> jax.Array:
+    def cache_specs(self, batch_axes: tuple[str, ...]) -> KeyValues:
+        """See mixer.py."""
+        return self.past_specs(batch_axes)
+
+    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues) -> jax.Array:
         """See mixer.py."""
         return self.commit(x_BSD, angle_SP, cache)[0]
 
-    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: FullCache):
+    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues):
         """See mixer.py."""
         q, k, v = (y[:, 0] for y in self.rotated(x_BSD[:, None], angle_SP[None]))
-        k_BTNK = jnp.concatenate([cache.k_BTNK, k], axis=1)
-        v_BTNK = jnp.concatenate([cache.v_BTNK, v], axis=1)
-        o_BSNK = attend(q, k_BTNK, v_BTNK)
-        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), FullCache(k_BTNK, v_BTNK)
+        o_BSNK, past = attend_with_past(q, k, v, cache)
+        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), past
+
+
+def _attend_to_clean(q, k, v, *, layout: SequenceLayout):
+    """Attention of a whole sequence, (B, C, S, N, K) each: (its output, None)."""
+    repeat = layout.num_repeat
+    first = _attend_each(q[:, layout.first], k[:, layout.first], v[:, layout.first], None)
+    clean, later = [], []
+    k_clean, v_clean = k[:, layout.clean], v[:, layout.clean]
+    for i in range(layout.num_clean):
+        past = tuple(
+            rearrange(y[:, : i + 1], "b c s n k -> b (c s) n k") for y in (k_clean, v_clean)
+        )
+        start = layout.later.start + i * repeat
+        copies = slice(start, start + repeat)
+        clean.append(attend(q[:, layout.clean.start + i], *past)[:, None])
+        later.append(_attend_each(q[:, copies], k[:, copies], v[:, copies], past))
+    return jnp.concatenate([first, *clean, *later], axis=1), None
 
 
 def _attend_each(q_BRSNK, k_BRSNK, v_BRSNK, past):

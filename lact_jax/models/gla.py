@@ -12,12 +12,20 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from lact_jax.models.layers import RMSNorm, linear, project_float32
-from lact_jax.models.mixer import QKVO, last_tokens, mean_norm, window_attention
+from lact_jax.models.mixer import (
+    QKVO,
+    KeyValues,
+    attend_and_keep,
+    attend_with_past,
+    mean_norm,
+    window_attention,
+)
 from lact_jax.ops import gated_linear
-from lact_jax.ops.attention import attend
 from lact_jax.ops.numerics import l2_norm
+from lact_jax.ops.parallel import mean_over_tokens
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -50,11 +58,10 @@ class GLAConfig:
 
 
 class GLACache(NamedTuple):
-    """Memory of the committed chunks: the state (B, M, E, E), and the last chunk's k, v."""
+    """Memory of the committed chunks: the state (B, M, E, E), keys and values of the last chunk."""
 
     state_BMEE: jax.Array
-    k_BTNK: jax.Array
-    v_BTNK: jax.Array
+    past: KeyValues
 
 
 class GatedLinearAttention(QKVO):
@@ -104,7 +111,7 @@ class GatedLinearAttention(QKVO):
     def _decay(self, x_SD: jax.Array) -> jax.Array:
         """What a chunk leaves of each key channel of the state: (..., M, E) float32 in (0, 1)."""
         logits_SD = project_float32(self.decay_up, self.decay_down(x_SD))
-        log_decay_D = jnp.mean(jax.nn.log_sigmoid(logits_SD), axis=-2) / self.temperature
+        log_decay_D = mean_over_tokens(jax.nn.log_sigmoid(logits_SD), axis=-2) / self.temperature
         return rearrange(jnp.exp(log_decay_D), "... (m e) -> ... m e", m=self.num_state_heads)
 
     def _initial(self, batch: int) -> jax.Array:
@@ -170,17 +177,18 @@ class GatedLinearAttention(QKVO):
 
     def init_cache(self, batch: int) -> GLACache:
         """The initial state and an empty window."""
-        empty = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
-        return GLACache(self._initial(batch), empty, empty)
+        return GLACache(self._initial(batch), self.no_past(batch))
+
+    def cache_specs(self, batch_axes: tuple[str, ...]) -> GLACache:
+        """See mixer.py."""
+        return GLACache(PartitionSpec(batch_axes), self.past_specs(batch_axes))
 
     def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: GLACache) -> jax.Array:
         """See mixer.py."""
         q, k, v = self.project(x_BSD)
         o_state = gated_linear.read(cache.state_BMEE, self._state_qk(q, angle_SP[None], 0))
         q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
-        k = jnp.concatenate([cache.k_BTNK, k], axis=1)
-        v = jnp.concatenate([cache.v_BTNK, v], axis=1)
-        return self._merge(x_BSD, o_state, attend(q, k, v))
+        return self._merge(x_BSD, o_state, attend_with_past(q, k, v, cache.past)[0])
 
     def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: GLACache):
         """See mixer.py."""
@@ -191,6 +199,5 @@ class GatedLinearAttention(QKVO):
         state_BMEE = gated_linear.update(cache.state_BMEE, chunk)
         o_state = gated_linear.read(state_BMEE, self._state_qk(q, angle_SP[None], 0))
         q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
-        y_BSD = self._merge(x_BSD, o_state, attend(q, k, v))
-        k, v = (last_tokens(x, self.config.kv_cache_size) for x in (k, v))
-        return y_BSD, GLACache(state_BMEE, k, v)
+        o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)
+        return self._merge(x_BSD, o_state, o_window), GLACache(state_BMEE, past)

@@ -13,12 +13,20 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from lact_jax.models.layers import RMSNorm, linear, project_float32
-from lact_jax.models.mixer import QKVO, last_tokens, mean_norm, window_attention
+from lact_jax.models.mixer import (
+    QKVO,
+    KeyValues,
+    attend_and_keep,
+    attend_with_past,
+    mean_norm,
+    window_attention,
+)
 from lact_jax.ops import fast_weights as fw
-from lact_jax.ops.attention import attend
 from lact_jax.ops.numerics import l2_norm
+from lact_jax.ops.parallel import mean_over_tokens
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -86,11 +94,10 @@ W_INITS = {"normal": _normal_init, "identity": _identity_init}
 
 
 class LaCTCache(NamedTuple):
-    """Memory of the committed chunks: fast weights, and k, v (B, T, N, K) of the last chunk."""
+    """Memory of the committed chunks: fast weights, and keys and values of the last chunk."""
 
     fast: fw.State
-    k_BTNK: jax.Array
-    v_BTNK: jax.Array
+    past: KeyValues
 
 
 class LaCT(QKVO):
@@ -162,7 +169,8 @@ class LaCT(QKVO):
         """Momentum of every chunk and head: (..., M) float32, or None."""
         if not self.config.momentum:
             return None
-        return jnp.mean(jax.nn.sigmoid(project_float32(self.momentum_proj, x_SD)), axis=-2)
+        momentum_SM = jax.nn.sigmoid(project_float32(self.momentum_proj, x_SD))
+        return mean_over_tokens(momentum_SM, axis=-2)
 
     def _merge(self, x_SD: jax.Array, o_fast: jax.Array, o_window_SNK: jax.Array) -> jax.Array:
         """Gated fast output (..., M, S, E) plus window output, projected: (..., S, D)."""
@@ -236,9 +244,12 @@ class LaCT(QKVO):
 
     def init_cache(self, batch: int) -> LaCTCache:
         """Initial fast weights and an empty window."""
-        empty = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
         fast = fw.initial_state(self._initial_weights(batch), self.config.rule)
-        return LaCTCache(fast, empty, empty)
+        return LaCTCache(fast, self.no_past(batch))
+
+    def cache_specs(self, batch_axes: tuple[str, ...]) -> LaCTCache:
+        """See mixer.py. Every device that shares a clip's tokens has all of its fast weights."""
+        return LaCTCache(PartitionSpec(batch_axes), self.past_specs(batch_axes))
 
     def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: LaCTCache) -> jax.Array:
         """See mixer.py."""
@@ -246,9 +257,7 @@ class LaCT(QKVO):
         q_fast = self._fast_qk(q, angle_SP[None], 0)
         o_fast = fw.read(cache.fast.weights, q_fast)
         q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
-        k = jnp.concatenate([cache.k_BTNK, k], axis=1)
-        v = jnp.concatenate([cache.v_BTNK, v], axis=1)
-        return self._merge(x_BSD, o_fast, attend(q, k, v))
+        return self._merge(x_BSD, o_fast, attend_with_past(q, k, v, cache.past)[0])
 
     def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: LaCTCache):
         """See mixer.py."""
@@ -263,9 +272,8 @@ class LaCT(QKVO):
         fast = fw.update(cache.fast, chunk, initial, self.config.rule)
         o_fast = fw.read(fast.weights, self._fast_qk(q, angle_SP[None], 0))
         q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
-        y_BSD = self._merge(x_BSD, o_fast, attend(q, k, v))
-        k, v = (last_tokens(x, self.config.kv_cache_size) for x in (k, v))
-        return y_BSD, LaCTCache(fast, k, v)
+        o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)
+        return self._merge(x_BSD, o_fast, o_window), LaCTCache(fast, past)
 
 
 def _leading_chunk_axis(x: jax.Array) -> jax.Array:

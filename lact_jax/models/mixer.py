@@ -7,18 +7,27 @@ a chunk, width. `angle_CSP` are RoPE angles.
     init_cache(batch) -> cache                                 nothing committed yet
     denoise(x_BSD, angle_SP, cache) -> y_BSD                   a noisy chunk reads the cache
     commit(x_BSD, angle_SP, cache) -> (y_BSD, cache)           a clean chunk joins it
+    cache_specs(batch_axes) -> PartitionSpecs                  how a mesh cuts the cache
+
+On a mesh each device has some of the clips and of every chunk's tokens: a mixer that mixes tokens
+other than by the functions below asks ops/parallel.py for what it lacks.
 
 `denoise` after committing chunks 0..i-1 equals what `sequence` gives the noise copies of chunk i.
-`stats` is a dict of float32 scalars, named as in REFERENCE.md 4.
+`stats` is a dict of float32 scalars, means over clips and tokens, named as in REFERENCE.md 4.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from lact_jax.models.layers import RMSNorm, linear
+from lact_jax.ops import parallel
 from lact_jax.ops.attention import attend
+from lact_jax.ops.parallel import attend_to_whole_chunks
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -44,6 +53,17 @@ class QKVO(nnx.Module):
         """As `project`, q and k after RoPE."""
         q, k, v = self.project(x)
         return apply_rope(q, angle_CSP), apply_rope(k, angle_CSP), v
+
+    def no_past(self, batch: int) -> "KeyValues":
+        """Keys and values before the first chunk."""
+        share = parallel.head_share(self.num_heads)
+        empty = jnp.zeros((batch, 0, self.num_heads // share, self.head_dim), self.dtype)
+        return KeyValues(empty, empty)
+
+    def past_specs(self, batch_axes: tuple[str, ...]) -> "KeyValues":
+        """How a mesh cuts keys and values: PartitionSpecs."""
+        spec = PartitionSpec(batch_axes, None, parallel.head_axis(self.num_heads))
+        return KeyValues(spec, spec)
 
 
 def attend_chunks(q_BCSNK: jax.Array, k_BCTNK: jax.Array, v_BCTNK: jax.Array) -> jax.Array:
@@ -78,14 +98,54 @@ def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.A
       (B, C, S, N, K), in two calls that need no mask.
     """
     alone, later, clean = slice(0, layout.later.start), layout.later, layout.clean
-    o_alone = attend_chunks(q[:, alone], k[:, alone], v[:, alone])
-    if layout.num_clean == 0:
-        return o_alone
-    k_later, v_later = (
-        jnp.concatenate(
-            [jnp.repeat(last_tokens(y[:, clean], size), layout.num_repeat, axis=1), y[:, later]],
-            axis=2,
+
+    def attention(q, k, v):
+        o_alone = attend_chunks(q[:, alone], k[:, alone], v[:, alone])
+        if layout.num_clean == 0:
+            return o_alone, None
+        before = (
+            jnp.repeat(last_tokens(y[:, clean], size), layout.num_repeat, axis=1) for y in (k, v)
         )
-        for y in (k, v)
-    )
-    return jnp.concatenate([o_alone, attend_chunks(q[:, later], k_later, v_later)], axis=1)
+        k_later, v_later = (
+            jnp.concatenate([past, y[:, later]], axis=2)
+            for past, y in zip(before, (k, v), strict=True)
+        )
+        o_later = attend_chunks(q[:, later], k_later, v_later)
+        return jnp.concatenate([o_alone, o_later], axis=1), None
+
+    return attend_to_whole_chunks(attention, q, k, v)[0]
+
+
+class KeyValues(NamedTuple):
+    """Keys (after RoPE) and values (B, T, N, K) of committed chunks.
+
+    On a mesh they lie as attention reads them: all tokens, and the heads cut over `seq` where it
+    divides them.
+    """
+
+    k_BTNK: jax.Array
+    v_BTNK: jax.Array
+
+
+def attend_with_past(
+    q_BSNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, past: KeyValues
+) -> tuple[jax.Array, KeyValues]:
+    """Attention of a chunk to `past` and to itself: (o (B, S, N, K), keys and values of both)."""
+
+    def attention(q, *own):
+        joined = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
+        k_BTNK, v_BTNK = joined
+        return attend(q, k_BTNK, v_BTNK), KeyValues(k_BTNK, v_BTNK)
+
+    return attend_to_whole_chunks(attention, q_BSNK, k_BSNK, v_BSNK)
+
+
+def attend_and_keep(
+    q_BSNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, size: int | None
+) -> tuple[jax.Array, KeyValues]:
+    """Attention of a chunk to itself: (o (B, S, N, K), its last `size` keys and values)."""
+
+    def attention(q, k, v):
+        return attend(q, k, v), KeyValues(last_tokens(k, size), last_tokens(v, size))
+
+    return attend_to_whole_chunks(attention, q_BSNK, k_BSNK, v_BSNK)

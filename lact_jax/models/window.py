@@ -4,22 +4,18 @@ Letters: B batch, C chunks, S tokens of a chunk, T key tokens, D width, N heads,
 P = K / 2.
 """
 
-from typing import NamedTuple
-
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 
-from lact_jax.models.mixer import QKVO, last_tokens, mean_norm, window_attention
-from lact_jax.ops.attention import attend
+from lact_jax.models.mixer import (
+    QKVO,
+    KeyValues,
+    attend_and_keep,
+    attend_with_past,
+    mean_norm,
+    window_attention,
+)
 from lact_jax.ops.sequence import SequenceLayout
-
-
-class WindowCache(NamedTuple):
-    """Keys (after RoPE) and values (B, T, N, K) of the last committed chunk."""
-
-    k_BTNK: jax.Array
-    v_BTNK: jax.Array
 
 
 class WindowAttention(QKVO):
@@ -41,21 +37,22 @@ class WindowAttention(QKVO):
         y_BCSD = self.o(o_BCSD)
         return y_BCSD, {"window_x_norm": mean_norm(o_BCSD), "y_norm": mean_norm(y_BCSD)}
 
-    def init_cache(self, batch: int) -> WindowCache:
-        """An empty window."""
-        empty = jnp.zeros((batch, 0, self.num_heads, self.head_dim), self.dtype)
-        return WindowCache(empty, empty)
+    def init_cache(self, batch: int) -> KeyValues:
+        """An empty window; later the last committed chunk's."""
+        return self.no_past(batch)
 
-    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: WindowCache) -> jax.Array:
+    def cache_specs(self, batch_axes: tuple[str, ...]) -> KeyValues:
         """See mixer.py."""
-        q, k, v = self.rotated(x_BSD, angle_SP[None])
-        k_BTNK = jnp.concatenate([cache.k_BTNK, k], axis=1)
-        v_BTNK = jnp.concatenate([cache.v_BTNK, v], axis=1)
-        return self.o(rearrange(attend(q, k_BTNK, v_BTNK), "b s n k -> b s (n k)"))
+        return self.past_specs(batch_axes)
 
-    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: WindowCache):
+    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues) -> jax.Array:
+        """See mixer.py."""
+        o_BSNK, _ = attend_with_past(*self.rotated(x_BSD, angle_SP[None]), cache)
+        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)"))
+
+    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues):
         """See mixer.py."""
         del cache  # it holds the chunk before, which this one takes the place of
         q, k, v = self.rotated(x_BSD, angle_SP[None])
-        y_BSD = self.o(rearrange(attend(q, k, v), "b s n k -> b s (n k)"))
-        return y_BSD, WindowCache(*(last_tokens(x, self.kv_cache_size) for x in (k, v)))
+        o_BSNK, past = attend_and_keep(q, k, v, self.kv_cache_size)
+        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), past

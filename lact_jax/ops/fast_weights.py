@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lact_jax.ops.numerics import l2_norm, matmul_precision
+from lact_jax.ops.parallel import sum_over_tokens
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-5
@@ -165,7 +166,7 @@ def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -
 
     `initial` holds the weights at the start of the sequence, whose row norms weight norm keeps.
     """
-    step = gradient(state.weights, chunk)
+    step = sum_over_tokens(gradient(state.weights, chunk))
     last_update = None
     if rule.momentum:
         m_BM11 = chunk.momentum_BM.astype(jnp.float32)[..., None, None]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lact_jax.ops.numerics import matmul_precision
+from lact_jax.ops.parallel import sum_over_tokens
 
 
 class Chunk(NamedTuple):
@@ -41,7 +42,8 @@ def update(state_BMEE: jax.Array, chunk: Chunk) -> jax.Array:
     written = _einsum(
         "bmse,bmsf->bmef", chunk.k_BMSE, chunk.v_BMSE, preferred_element_type=jnp.float32
     )
-    return chunk.decay_BME.astype(jnp.float32)[..., None] * state_BMEE + written
+    decay_BME1 = chunk.decay_BME.astype(jnp.float32)[..., None]
+    return decay_BME1 * state_BMEE + sum_over_tokens(written)
 
 
 def scan_chunks(

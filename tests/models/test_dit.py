@@ -227,7 +227,7 @@ def test_bfloat16_keeps_the_memory_in_float32():
     cache = jax.eval_shape(two_chunks, params, x.clean, x.text)
     for layer in cache.layers:
         assert {leaf.dtype for leaf in jax.tree.leaves(layer.fast)} == {jnp.dtype("float32")}
-        assert layer.k_BTNK.dtype == layer.v_BTNK.dtype == jnp.bfloat16
+        assert layer.past.k_BTNK.dtype == layer.past.v_BTNK.dtype == jnp.bfloat16
 
 
 def test_text_may_be_shorter_than_the_model_takes_but_not_longer():

@@ -63,9 +63,9 @@ def test_window_cache_holds_the_last_tokens_of_the_chunk(size, kept):
     x = random_stream(2, 1, DIM)[1][:, 0]
     _, cache = layer.commit(layer.params, x, 0, layer.init_cache(layer.params, 2))
     _, full = whole.commit(whole.params, x, 0, whole.init_cache(whole.params, 2))
-    assert cache.k_BTNK.shape == (2, kept, HEADS, HEAD_DIM)
-    assert np.array_equal(cache.k_BTNK, full.k_BTNK[:, TOKENS - kept :])
-    assert np.array_equal(cache.v_BTNK, full.v_BTNK[:, TOKENS - kept :])
+    assert cache.past.k_BTNK.shape == (2, kept, HEADS, HEAD_DIM)
+    assert np.array_equal(cache.past.k_BTNK, full.past.k_BTNK[:, TOKENS - kept :])
+    assert np.array_equal(cache.past.v_BTNK, full.past.v_BTNK[:, TOKENS - kept :])
 
 
 @pytest.mark.parametrize("name", ["default", "momentum and muon"])
@@ -126,7 +126,7 @@ def test_bfloat16_keeps_the_memory_in_float32_and_the_window_in_bfloat16():
         y, cache = layer.commit(layer.params, clean[:, 0], 0, layer.init_cache(layer.params, 2))
         outputs.append((y, layer.denoise(layer.params, noise[:, 0, 1], 1, cache), cache))
     (y, o, cache), (y_full, o_full, cache_full) = outputs
-    assert y.dtype == o.dtype == cache.k_BTNK.dtype == cache.v_BTNK.dtype == jnp.bfloat16
+    assert y.dtype == o.dtype == cache.past.k_BTNK.dtype == cache.past.v_BTNK.dtype == jnp.bfloat16
     pairs = zip(jax.tree.leaves(cache.fast), jax.tree.leaves(cache_full.fast), strict=True)
     for mine, exact in pairs:
         assert mine.dtype == jnp.float32
