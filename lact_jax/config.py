@@ -54,6 +54,12 @@ class DataConfig:
       cache_in_memory: keep decoded clips in memory; for data sets that fit.
       holdout: clips of a folder of videos that are kept out of training, for validation; which
         ones depends on their names alone.
+      buckets: (height, width) of several sizes in place of the one above; a clip of a folder of
+        videos comes in the size whose aspect ratio is nearest to its own, and a batch has one size.
+      random_crop_time: training shows another window of a long clip in every epoch, not its first.
+      random_crop_space: where to cut what is too much is drawn too, in place of the centre.
+      max_bad_files: unreadable files that are skipped before the run stops and names them.
+      module: a user's data module, "package.module" (see data/data_module.py); it sets `name`.
     """
 
     name: str = "video_folder"
@@ -68,12 +74,19 @@ class DataConfig:
     num_workers: int = 0
     cache_in_memory: bool = False
     holdout: int = 0
+    buckets: tuple[tuple[int, int], ...] = ()
+    random_crop_time: bool = False
+    random_crop_space: bool = False
+    max_bad_files: int = 100
+    module: str = ""
 
     def __post_init__(self):
+        if self.module:
+            object.__setattr__(self, "name", "module")
         for name in ("num_frames", "height", "width", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("num_threads", "num_workers", "holdout"):
+        for name in ("num_threads", "num_workers", "holdout", "max_bad_files"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must not be negative")
         if self.fps <= 0:
