@@ -16,7 +16,7 @@ from lact_jax.checkpoint import Checkpointer
 from lact_jax.checkpoint_tree import CheckpointError
 from lact_jax.config import Config
 from lact_jax.convert.load import load_dit
-from lact_jax.data import make_dataset
+from lact_jax.data import empty_text, make_dataset
 from lact_jax.interrupt import leave_on_signal
 from lact_jax.models.dit import abstract_params
 from lact_jax.objective import split_chunks
@@ -174,9 +174,9 @@ class _Run:
         self.config = config
         codec, text, self.mesh = parts
         self.encode = BatchEncoder(codec, text, batch_sharding(self.mesh))
-        empty = jax.device_put(np.asarray(text.encode([""])[0]), replicated(self.mesh))
         data = "random" if debug else config.data.name
         self.batches = iter(make_dataset(data, config, codec, text))
+        empty = jax.device_put(empty_text(data, config, text), replicated(self.mesh))
         self.checkpoints = Checkpointer(
             folder / "checkpoints", config.train.save_every, config.train.keep_last
         )

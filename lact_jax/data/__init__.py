@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
+import numpy as np
 
-from lact_jax.data import random_latents, synthetic_dataset, video_folder
+from lact_jax.data import encoded, mixture, random_latents, synthetic_dataset, video_folder
 from lact_jax.data.batch import SPLITS
 
 # Name -> function of (config, codec, text encoder, split).
 DATASETS: dict[str, Callable[..., grain.IterDataset]] = {
+    "encoded": encoded.from_config,
+    "mixture": lambda *args: mixture.from_config(make_dataset, *args),
     "random": random_latents.from_config,
     "synthetic": synthetic_dataset.from_config,
     "video_folder": video_folder.from_config,
@@ -26,7 +29,8 @@ def make_dataset(
     Args:
       name: a key of DATASETS.
       config: `lact_jax.config.Config`; its seed and its `data` and `model` sections are read.
-      codec, text: as in `lact_jax.encoders`; only their sizes are read.
+      codec, text: as in `lact_jax.encoders`; "encoded" compares them with those of the data set,
+        others read their sizes.
       split: one of `lact_jax.data.batch.SPLITS`.
 
     Returns:
@@ -44,3 +48,21 @@ def make_dataset(
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: unknown, choose one of {list(SPLITS)}")
     return DATASETS[name](config, codec, text, split)
+
+
+def empty_text(name: str, config: Any, text: Any) -> np.ndarray:
+    """The empty caption's embedding, float32 (text_len, text_dim).
+
+    Out of an encoded data set, where the run has one: a text encoder of gigabytes is not loaded
+    for a single caption.
+
+    Args:
+      name, config, text: as for `make_dataset`.
+    """
+    if name == "encoded":
+        return encoded.empty_text(config.data.path, text.text_len)
+    if name == "mixture":
+        for _, section in mixture.parts(config.data).values():
+            if section.name == "encoded":
+                return encoded.empty_text(section.path, text.text_len)
+    return np.asarray(text.encode([""])[0], np.float32)

@@ -7,7 +7,7 @@ C latent channels, L text tokens, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import grain
 import jax
@@ -29,6 +29,8 @@ class EncodedBatch(TypedDict):
 
     latent: np.ndarray  # float32 (B, F, h, w, C)
     text: np.ndarray  # float32 (B, L, D), zero after each text's end
+    caption: NotRequired[list[str]]
+    name: NotRequired[list[str]]
 
 
 def stack_raw(clips: Sequence[Mapping[str, Any]]) -> RawBatch:
