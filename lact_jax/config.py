@@ -20,6 +20,7 @@ from lact_jax.models.lact import LaCTConfig
 from lact_jax.objective import ObjectiveConfig
 from lact_jax.optim import TRAINABLE, OptimConfig
 from lact_jax.sharding import MeshConfig
+from lact_jax.tensorboard_run import TensorboardOptions
 from lact_jax.wandb_run import WandbOptions
 
 
@@ -158,6 +159,43 @@ class SampleConfig(SamplerConfig):
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """What is looked at during training.
+
+    Attributes:
+      every: steps between validations on the held-out clips; 0 for none.
+      num_clips: clips that are validated on, the first of the held-out ones.
+      seed: of their noise, which is the same at every validation.
+      weights: 'ema' or 'params'; validated and sampled.
+      sample_every: steps between clips sampled as `sample` says; 0 for none.
+      prompts: what to sample.
+      prompts_file: a text file with more of it, one prompt a line.
+    """
+
+    every: int = 0
+    num_clips: int = 16
+    seed: int = 0
+    weights: str = "ema"
+    sample_every: int = 0
+    prompts: tuple[str, ...] = ()
+    prompts_file: str = ""
+
+    def __post_init__(self):
+        if self.weights not in ("ema", "params"):
+            raise ValueError(f"validation.weights={self.weights!r}: choose 'ema' or 'params'")
+        for name, least in (("every", 0), ("sample_every", 0), ("num_clips", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"validation.{name}={getattr(self, name)}: must be at least {least}"
+                )
+        if self.sample_every and not (self.prompts or self.prompts_file):
+            raise ValueError(
+                f"validation.sample_every={self.sample_every}, but there is nothing to sample: "
+                "give validation.prompts or validation.prompts_file"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. `init_from` names a converted checkpoint to start from; '' starts from scratch."""
 
@@ -171,6 +209,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     mesh: MeshConfig = MeshConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tensorboard: TensorboardOptions = TensorboardOptions()
     wandb: WandbOptions = WandbOptions()
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,11 +13,12 @@ from lact_jax import encoders
 from lact_jax.checkpoint import complete_steps, restore_params
 from lact_jax.config import Config
 from lact_jax.convert.load import load_dit, missing_parameters
+from lact_jax.diffusion.sampler import Progress
 from lact_jax.gallery import Gallery
 from lact_jax.models.dit import abstract_params
 from lact_jax.models.vae import TEMPORAL_STRIDE
 from lact_jax.pipeline import Pipeline
-from lact_jax.trainer import check_sizes
+from lact_jax.sizes import check_sizes
 from lact_jax.workdir import flat_config
 
 # What a checkpoint was trained with must be what it is sampled with.
@@ -65,7 +67,8 @@ def generate(
     pipeline = Pipeline(config, params, codec, text)
     settings = dataclasses.asdict(config.sample) | origin
     with Gallery(out, settings, fps=config.data.fps) as gallery:
-        _sample_batches(pipeline, prompts, gallery)
+        with _progress_bar(pipeline, prompts) as progress:
+            sample_batches(pipeline, prompts, gallery, progress)
     return Path(out) / "index.html"
 
 
@@ -98,26 +101,42 @@ def _converted(config: Config):
     return lambda: (load_dit(config.init_from, config.model), origin)
 
 
-def _sample_batches(pipeline: Pipeline, prompts: Sequence[str], gallery: Gallery) -> None:
-    size, chunks = pipeline.config.sample.batch_size, pipeline.num_chunks
-    num_frames = 1 + (pipeline.config.sample.num_latent_frames - 1) * pipeline.codec.temporal_stride
-    starts = range(0, len(prompts), size)
-    total = len(starts) * chunks * pipeline.config.sample.steps
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
-        for start in starts:
-            batch = prompts[start : start + size]
-            names = f"{start + 1}-{start + len(batch)}"
+def sample_batches(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    gallery: Gallery,
+    progress: Callable[[range, int], Progress],
+) -> None:
+    """Samples a clip for every prompt into the gallery, `config.sample.batch_size` at a time.
 
-            def progress(chunk, clips=names):
-                bar.set_description(f"clips {clips} chunk {chunk + 1}/{chunks}")
-                return lambda step, steps: bar.update()
+    `progress(clips, chunk)` gives the callback (step, steps) for a chunk of these clips; what it
+    raises ends the sampling, and the clips that are not finished leave nothing.
+    """
+    sample = pipeline.config.sample
+    num_frames = 1 + (sample.num_latent_frames - 1) * pipeline.codec.temporal_stride
+    for start in range(0, len(prompts), sample.batch_size):
+        clips = range(start, min(start + sample.batch_size, len(prompts)))
+        batch = [prompts[i] for i in clips]
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(gallery.open_clip(p, num_frames)) for p in batch]
+            for frames_BTHW3 in pipeline.frame_chunks(batch, clips, partial(progress, clips)):
+                for writer, frames_THW3 in zip(writers, frames_BTHW3, strict=True):
+                    writer.write(frames_THW3)
 
-            with contextlib.ExitStack() as stack:
-                clips = [stack.enter_context(gallery.open_clip(p, num_frames)) for p in batch]
-                indices = range(start, start + len(batch))
-                for frames_BTHW3 in pipeline.frame_chunks(batch, indices, progress):
-                    for clip, frames_THW3 in zip(clips, frames_BTHW3, strict=True):
-                        clip.write(frames_THW3)
+
+@contextlib.contextmanager
+def _progress_bar(pipeline: Pipeline, prompts: Sequence[str]):
+    """A bar over all solver steps; yields what `sample_batches` takes."""
+    sample, chunks = pipeline.config.sample, pipeline.num_chunks
+    batches = -(-len(prompts) // sample.batch_size)
+    with tqdm(total=batches * chunks * sample.steps, unit="step", dynamic_ncols=True) as bar:
+
+        def progress(clips, chunk):
+            names = f"{clips.start + 1}-{clips.stop}"
+            bar.set_description(f"clips {names} chunk {chunk + 1}/{chunks}")
+            return lambda step, steps: bar.update()
+
+        yield progress
 
 
 def check_trained_with(config: Config, workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
     <workdir>/metrics.jsonl      one JSON object a line: {"step": 3, "loss": 0.52, …}
     <workdir>/throughput.jsonl   the same for anything timed
+    <workdir>/validation.jsonl   the same for the steps at which the run was validated
     <workdir>/loss.png           curves of loss, gradient norm and learning rate
 
 metrics.jsonl holds no clock and no host name, and floats with all their digits: two runs that
@@ -25,18 +26,19 @@ from tqdm import tqdm
 
 from lact_jax.workdir import write_atomically
 
-METRICS, THROUGHPUT, CURVES = "metrics.jsonl", "throughput.jsonl", "loss.png"
+METRICS, THROUGHPUT, VALIDATION = "metrics.jsonl", "throughput.jsonl", "validation.jsonl"
+CURVES = "loss.png"
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 PANELS = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and throughput.jsonl, a line written whole at each call.
+    """Appends to metrics.jsonl and its sisters, a line written whole at each call.
 
     Args:
       workdir: an existing folder.
       step: where the run starts: 0, or the checkpoint's step on a resume. Entries of later steps
-        (written after that checkpoint) are dropped from both files, and so is a last line that a
+        (written after that checkpoint) are dropped from the files, and so is a last line that a
         kill cut off.
 
     Raises:
@@ -44,14 +46,19 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path, step: int = 0):
+        self._workdir = Path(workdir)
         self._files: dict[str, TextIO] = {}
-        self._last = {METRICS: step, THROUGHPUT: step}
+        self._last = {METRICS: step, THROUGHPUT: step, VALIDATION: 0}
         for name in self._last:
-            path = Path(workdir) / name
+            path = self._workdir / name
             rows = [row for row in _read_rows(path) if row["step"] <= step]
+            if name == VALIDATION:
+                if not path.exists():  # it comes with its first row, for most runs never
+                    continue
+                # The row of the step that the run resumes from may still be missing.
+                self._last[name] = rows[-1]["step"] if rows else 0
             write_atomically(path, "".join(_line(row) for row in rows))
-            # Line buffered: at a kill, at most the line being written is cut off.
-            self._files[name] = open(path, "a", buffering=1)
+            self._open(path)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -70,14 +77,29 @@ class MetricsWriter:
         """Appends to throughput.jsonl: seconds, steps a second, memory. As `write` otherwise."""
         self._append(THROUGHPUT, step, values)
 
+    def write_validation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends to validation.jsonl. As `write` otherwise."""
+        self._append(VALIDATION, step, values)
+
+    @property
+    def validated(self) -> int:
+        """The step of the last row of validation.jsonl, 0 if there is none."""
+        return self._last[VALIDATION]
+
     def close(self) -> None:
-        """Closes both files."""
+        """Closes the files."""
         for file in self._files.values():
             file.close()
+
+    def _open(self, path: Path) -> None:
+        # Line buffered: at a kill, at most the line being written is cut off.
+        self._files[path.name] = open(path, "a", buffering=1)
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         if step <= self._last[name]:
             raise ValueError(f"{name}: step {step} after step {self._last[name]}")
+        if name not in self._files:
+            self._open(self._workdir / name)
         line = _line({"step": step} | {key: _number(key, value) for key, value in values.items()})
         try:
             self._files[name].write(line)

@@ -13,10 +13,11 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
+from lact_jax.run_protocol import NoRun, Run, by_element
 from lact_jax.workdir import write_atomically
 
 KEY_VARIABLE, ID_FILE = "WANDB_API_KEY", "wandb_id.txt"
@@ -33,26 +34,6 @@ class WandbOptions:
     api_keys: str = "api_keys.yaml"
 
 
-class Run(Protocol):
-    """What the trainer sees of a run."""
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records the values of one step."""
-
-    def finish(self) -> None:
-        """Sends or writes what is left."""
-
-
-class NoRun:
-    """Mode "disabled"."""
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-
 class WandbRun:
     """A run of the wandb package."""
 
@@ -61,17 +42,29 @@ class WandbRun:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Records the values of one step; arrays as one curve an element ("name/0", …)."""
-        flat = {}
-        for name, value in values.items():
-            items = value.tolist() if hasattr(value, "tolist") else value
-            several = isinstance(items, list | tuple)
-            flat |= {f"{name}/{i}": x for i, x in enumerate(items)} if several else {name: items}
-        self._run.log(flat, step=step)
+        self._run.log(by_element(values), step=step)
+
+    def show(self, step: int, images: Mapping[str, Path], videos: Mapping[str, Path]) -> None:
+        """Records pictures under their names, and all clips together as "videos"."""
+        media = {name: self._package.Image(str(path)) for name, path in images.items()}
+        clips = [
+            self._package.Video(str(path), caption=caption, format="mp4")
+            for caption, path in videos.items()
+        ]
+        self._run.log(media | ({"videos": clips} if clips else {}), step=step)
 
     def finish(self) -> None:
         """Sends or writes what is left and ends wandb's process."""
         self._run.finish()
         self._package.teardown()  # waits for the process: `finish` returns before the file is whole
+
+
+def check(options: WandbOptions) -> None:
+    """Raises ValueError for an unknown mode, and for online without a key."""
+    if options.mode not in STARTERS:
+        raise ValueError(f"wandb.mode is {options.mode!r}: choose from {', '.join(STARTERS)}")
+    if options.mode == "online":
+        api_key(options.api_keys)
 
 
 def start_run(options: WandbOptions, workdir: str | Path, config: Mapping[str, Any]) -> Run:
@@ -84,8 +77,7 @@ def start_run(options: WandbOptions, workdir: str | Path, config: Mapping[str, A
       ValueError: unknown mode; online without a key. Both before anything is started.
       ImportError: wandb is not installed.
     """
-    if options.mode not in STARTERS:
-        raise ValueError(f"wandb.mode is {options.mode!r}: choose from {', '.join(STARTERS)}")
+    check(options)
     return STARTERS[options.mode](options, Path(workdir), config)
 
 

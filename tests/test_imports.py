@@ -38,9 +38,19 @@ ALLOWED = {
     "interrupt": set(),
     "workdir": set(),
     "run_logging": {"workdir"},
-    "wandb_run": {"workdir"},
-    "config": {"diffusion", "models", "objective", "optim", "sharding", "wandb_run"},
+    "run_protocol": set(),
+    "tensorboard_run": {"run_protocol"},
+    "wandb_run": {"run_protocol", "workdir"},
+    "config": {
+        "diffusion", "models", "objective", "optim", "sharding", "tensorboard_run", "wandb_run",
+    },
+    "training_log": {"config", "flops", "run_logging", "tensorboard_run", "wandb_run"},
+    "validation": {
+        "batch_encoder", "config", "diffusion", "models", "objective", "ops", "optim", "workdir",
+    },
     "train_state": {"config", "models", "objective", "optim"},
+    "sizes": {"config", "encoders", "objective"},
+    "batch_encoder": {"encoders"},
     "pipeline": {"config", "diffusion", "encoders", "models"},
 }  # fmt: skip
 

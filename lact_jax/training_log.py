@@ -1,0 +1,137 @@
+"""Where the numbers and pictures of a run go, all from one place."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lact_jax import flops, tensorboard_run, wandb_run
+from lact_jax.config import Config
+from lact_jax.run_logging import MetricsWriter, ProgressBar, write_curves
+
+BAR = ("loss", "lr", "grad_norm")
+
+
+class StepWork(NamedTuple):
+    """What one step does: tokens of its sequences, FLOPs of forward and backward pass, and the
+    FLOP/s of all its devices together (None where they are not known)."""
+
+    tokens: int
+    flops: int
+    peak: float | None
+
+
+def step_work(
+    config: Config, latent_Fhw: tuple[int, int, int], devices: np.ndarray
+) -> StepWork:
+    """The work of a step of `config` with latents of this size, shared by `devices`."""
+    clips, model, objective = config.data.batch_size, config.model, config.objective
+    layout, tokens = flops.sequence_sizes(model, objective, latent_Fhw)
+    done = flops.step_flops(model, objective, latent_Fhw, config.train.trainable)
+    peak = flops.peak_flops(devices.flat[0].device_kind)
+    return StepWork(
+        clips * layout.length * tokens, clips * done, peak and peak * devices.size
+    )
+
+
+class Log:
+    """Every step's metrics to metrics.jsonl, the curves, the progress bar, TensorBoard and wandb.
+
+    Metrics stay on the device until `flush`, so that logging does not make the step wait.
+    """
+
+    def __init__(self, config: Config, workdir: Path, step: int, work: StepWork):
+        self._train, self._workdir, self._work = config.train, workdir, work
+        self._writer = MetricsWriter(workdir, step)
+        self._bar = ProgressBar(config.train.steps, step)
+        self._runs = [
+            tensorboard_run.start_run(config.tensorboard, workdir, step),
+            wandb_run.start_run(config.wandb, workdir, dataclasses.asdict(config)),
+        ]
+        self._waiting: list[tuple[int, Any]] = []
+        self._flushed = (step, time.monotonic())
+
+    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step, as device arrays."""
+        self._waiting.append((step, metrics))
+        if step % self._train.log_every == 0:
+            self.flush()
+        if step % self._train.plot_every == 0:
+            self.flush()
+            write_curves(self._workdir)
+
+    def flush(self) -> None:
+        """Writes all that waits."""
+        for step, metrics in jax.device_get(self._waiting):
+            layers = metrics.pop("layers")
+            row = metrics | {f"layers/{name}": value for name, value in layers.items()}
+            self._writer.write(step, row)
+            self._bar.update(step, {name: metrics[name] for name in BAR})
+            self._log(step, row)
+        if self._waiting:
+            step, now = self._waiting[-1][0], time.monotonic()
+            row = self._rates((step - self._flushed[0]) / max(now - self._flushed[1], 1e-9))
+            self._writer.write_throughput(step, row)
+            self._log(step, {f"throughput/{name}": value for name, value in row.items()})
+            self._flushed = (step, now)
+        self._waiting = []
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Writes all that waits; what the block takes does not count against steps a second."""
+        self.flush()
+        start = time.monotonic()
+        yield
+        step, since = self._flushed
+        self._flushed = (step, since + time.monotonic() - start)
+
+    @property
+    def validated(self) -> int:
+        """The last step that `validation` wrote a row for, 0 if there is none."""
+        return self._writer.validated
+
+    def validation(self, step: int, row: Mapping[str, Any], picture: Path) -> None:
+        """A row of validation.jsonl, and its heat-map."""
+        scalars = {
+            f"validation/{name}": value for name, value in row.items() if np.ndim(value) < 2
+        }
+        self._log(step, scalars)
+        self._show(step, {"validation/heat_map": picture}, {})
+        # The row last: a run that dies before it validates this step again when it is resumed.
+        self._writer.write_validation(step, row)
+
+    def samples(self, step: int, sheet: Path, videos: Mapping[str, Path]) -> None:
+        """A contact sheet and the clips (caption -> mp4) on it."""
+        self._show(step, {"samples": sheet}, videos)
+
+    def close(self) -> None:
+        """Writes what waits, draws the curves, and closes everything, whatever of it fails."""
+        with contextlib.ExitStack() as stack:  # last in, first out
+            for run in reversed(self._runs):
+                stack.callback(run.finish)
+            stack.callback(self._writer.close)
+            stack.callback(self._bar.close)
+            stack.callback(write_curves, self._workdir)
+            self.flush()
+
+    def _rates(self, steps_per_second: float) -> dict[str, float]:
+        work = self._work
+        rates = {
+            "steps_per_second": steps_per_second,
+            "tokens_per_second": steps_per_second * work.tokens,
+            "tflops_per_second": steps_per_second * work.flops / 1e12,
+        }
+        return rates | ({"mfu": steps_per_second * work.flops / work.peak} if work.peak else {})
+
+    def _log(self, step: int, row: Mapping[str, Any]) -> None:
+        for run in self._runs:
+            run.log(step, row)
+
+    def _show(self, step: int, images: Mapping[str, Path], videos: Mapping[str, Path]) -> None:
+        for run in self._runs:
+            run.show(step, images, videos)
