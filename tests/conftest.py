@@ -37,6 +37,13 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture
+def float32_matmuls():
+    """For tests whose own references multiply matrices: an accelerator would shorten float32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_code_goes_with_its_module():
     """Drops a module's compiled code after it: all of the suite's would take many gigabytes."""

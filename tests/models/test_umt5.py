@@ -100,6 +100,7 @@ def test_table_covers_every_parameter_of_every_layer_once(names):
     assert sorted((row.path, row.layer) for row in table) == sorted(want)
 
 
+@pytest.mark.usefixtures("float32_matmuls")
 def test_scanned_layers_equal_a_loop_over_them():
     params = random_params(SMALL)
     ids_BL, mask_BL = random_batch(SMALL, [13, 9], 13)

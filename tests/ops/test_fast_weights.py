@@ -44,6 +44,7 @@ def random_chunk(rng, *leading, tokens=S):
     )
 
 
+@pytest.mark.usefixtures("float32_matmuls")
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_gradient_is_that_of_the_loss_with_a_learning_rate_for_each_token(which):
     rng = np.random.default_rng(which)

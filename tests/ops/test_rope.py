@@ -50,6 +50,7 @@ def test_chunks_and_batch_are_rotated_by_their_own_frames():
     assert relative_error(got, want) < 2e-6
 
 
+@pytest.mark.usefixtures("float32_matmuls")
 @pytest.mark.parametrize("shift", [1, 40, 3000])
 def test_products_depend_on_the_distance_in_time_alone(shift):
     q, k = random_heads(2, (0, 1), 32), random_heads(3, (0, 1), 32)
