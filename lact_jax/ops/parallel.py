@@ -167,6 +167,8 @@ def _gather_bwd(axes, dim, dtype, like, grad):
 gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def is_computed_here(primitive, *_, **__) -> bool:
+def is_computed_here(primitive, *_, **options) -> bool:
     """A checkpoint policy: all may be saved but what is gathered from other devices."""
-    return primitive.name != "all_gather"
+    called = options.get("call_jaxpr")  # where the primitive is a call of `gather`
+    names = {equation.primitive.name for equation in called.eqns} if called else set()
+    return "all_gather" not in names | {primitive.name}
