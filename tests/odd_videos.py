@@ -114,11 +114,13 @@ def without_length(path: Path) -> Path:
     return path
 
 
-def garble(path: Path) -> Path:
-    """Damages an mp4's pictures but not its header or index."""
+def garble(path: Path, keep: float = 0.0) -> Path:
+    """Damages an mp4's pictures after a part to keep, but not its header or index."""
     data = bytearray(path.read_bytes())
     begin = data.index(b"mdat") + 4
-    data[begin:] = bytes(len(data) - begin)
+    end = begin - 8 + int.from_bytes(data[begin - 8 : begin - 4])
+    begin += int((end - begin) * keep)
+    data[begin:end] = bytes(end - begin)
     path.write_bytes(data)
     return path
 

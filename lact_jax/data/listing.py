@@ -4,7 +4,8 @@ Captions come in one of three ways, never mixed:
     clip.mp4 + clip.txt   one text file beside each video, in the folder or below it
     captions.jsonl        {"file": "clip.mp4", "caption": "…"} a line; files relative to the folder
     captions.csv          the columns file,caption
-Files whose name begins with a dot are not looked at.
+Files whose name begins with a dot are not looked at. Still images are clips of one frame: where
+clips are longer, those in the folder (covers, thumbnails) need no caption.
 """
 
 from __future__ import annotations
@@ -12,22 +13,53 @@ from __future__ import annotations
 import concurrent.futures
 import csv
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lact_jax.video_io import VIDEO_SUFFIXES, VideoError, probe_video
+from lact_jax.video_io import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    VideoError,
+    probe_video,
+    shown_size,
+)
 
 _NAMED = 10  # files named in a message before the rest is only counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A video file, its caption, and its name: the path below the folder."""
+    """A video file.
+
+    Attributes:
+      file: where it is.
+      caption: one line.
+      name: the path below the folder.
+      length: frames at the rate that was asked for; None where the file doesn't say, or before
+        `usable_clips` looked.
+      size: (height, width) as shown; None unless `usable_clips` was to look.
+    """
 
     file: Path
     caption: str
     name: str
+    length: int | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Why clips can't be used, a line each that names the file.
+
+    Attributes:
+      unreadable: no videos, cut off, damaged.
+      unsuitable: too short for what is asked for.
+    """
+
+    unreadable: list[str]
+    unsuitable: list[str]
 
 
 def enumerate_some(names: Sequence[str]) -> str:
@@ -36,8 +68,12 @@ def enumerate_some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def list_clips(path: Path) -> list[Clip]:
+def list_clips(path: Path, *, stills: bool = False) -> list[Clip]:
     """All videos of a folder with their captions, sorted by name.
+
+    Args:
+      path: the folder.
+      stills: list still images too, as clips of one frame.
 
     Raises:
       FileNotFoundError: no such folder, or no video in it.
@@ -46,49 +82,80 @@ def list_clips(path: Path) -> list[Clip]:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder of videos")
-    videos = {_name(path, file): file for file in _visible(path, VIDEO_SUFFIXES)}
-    if not videos:
+    pictures = list_stills(path)
+    known = {_name(path, file): file for file in [*_visible(path, VIDEO_SUFFIXES), *pictures]}
+    wanted = set(known) if stills else set(known) - {_name(path, file) for file in pictures}
+    if not wanted:
+        looked_for = (*VIDEO_SUFFIXES, *(IMAGE_SUFFIXES if stills else ()))
+        also = f"; its {len(pictures)} still images are clips of one frame" if pictures else ""
         raise FileNotFoundError(
-            f"{path}: no videos in this folder ({', '.join(VIDEO_SUFFIXES)} are looked for)"
+            f"{path}: no videos in this folder ({', '.join(looked_for)} are looked for){also}"
         )
-    captions = _read_captions(path, videos)
+    captions = _read_captions(path, known)
     problems = []
-    if bare := sorted(set(videos) - set(captions)):
+    if bare := sorted(wanted - set(captions)):
         problems.append(f"{len(bare)} videos without caption: {enumerate_some(bare)}")
-    if lost := sorted(set(captions) - set(videos)):
+    if lost := sorted(set(captions) - set(known)):
         problems.append(f"{len(lost)} captions without video: {enumerate_some(lost)}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
-    return [Clip(videos[name], captions[name], name) for name in sorted(videos)]
+    return [Clip(known[name], captions[name], name) for name in sorted(wanted)]
+
+
+def list_stills(path: Path) -> list[Path]:
+    """The still images of a folder, sorted."""
+    return sorted(_visible(path, IMAGE_SUFFIXES))
+
+
+def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:
+    """The clips of the splits "train" and "validation", each in the order given.
+
+    The clips whose names have the smallest hashes are held out: a clip that is held out stays so
+    when others come or go, unless more with smaller hashes come.
+
+    Raises ValueError if nothing would be left to train on.
+    """
+    if not 0 <= holdout < len(clips):
+        raise ValueError(
+            f"data.holdout={holdout}: of {len(clips)} clips at least one must be left to train on"
+        )
+    by_hash = sorted(clips, key=lambda clip: hashlib.sha256(clip.name.encode()).digest())
+    held_out = {clip.name for clip in by_hash[:holdout]}
+    return {
+        "train": [clip for clip in clips if clip.name not in held_out],
+        "validation": [clip for clip in clips if clip.name in held_out],
+    }
 
 
 def usable_clips(
-    clips: Sequence[Clip], *, num_frames: int, fps: float, num_threads: int
-) -> tuple[list[Clip], list[str]]:
-    """Looks at the header of every clip, decoding none.
+    clips: Sequence[Clip], *, num_frames: int, fps: float, num_threads: int, sizes: bool = False
+) -> tuple[list[Clip], Skipped]:
+    """Looks at the header of every clip, and for its size at the first picture.
 
     Args:
       clips: what to look at.
       num_frames, fps: clips shorter than this many frames at this rate can't be used.
       num_threads: files looked at together.
+      sizes: find out each clip's size.
 
     Returns:
-      (usable clips in the same order, a reason for each of the others that names it).
+      (usable clips in the same order, with their lengths; the reasons for the others).
     """
 
-    def look(clip: Clip) -> str | None:
+    def look(clip: Clip) -> tuple[Clip | None, str, str]:
         try:
             length = probe_video(clip.file).num_frames(fps)
+            size = shown_size(clip.file) if sizes else None
         except VideoError as error:
-            return str(error)
+            return None, str(error), ""
         if length is not None and length < num_frames:
-            return f"{clip.file}: {length} frames at {fps:g} fps, {num_frames} needed"
-        return None
+            return None, "", f"{clip.file}: {length} frames at {fps:g} fps, {num_frames} needed"
+        return dataclasses.replace(clip, length=length, size=size), "", ""
 
     with concurrent.futures.ThreadPoolExecutor(max(1, num_threads)) as pool:
-        reasons = list(pool.map(look, clips))
-    usable = [clip for clip, reason in zip(clips, reasons, strict=True) if reason is None]
-    return usable, [reason for reason in reasons if reason is not None]
+        found, unreadable, unsuitable = zip(*pool.map(look, clips), strict=True)
+    skipped = Skipped([x for x in unreadable if x], [x for x in unsuitable if x])
+    return [clip for clip in found if clip], skipped
 
 
 def _visible(path: Path, suffixes: Iterable[str]) -> list[Path]:

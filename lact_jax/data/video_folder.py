@@ -2,25 +2,40 @@
 
 Which clips are used: at the start every file's header is read. Files that are no video, are cut
 off or too short are skipped, counted and named in one warning. Damage that only decoding finds is
-warned of when it is met, and the next usable clip of the list stands in: which clip that is depends
-on the files alone, so order and content of batches stay the same from run to run.
+warned of when it is met, and the next usable clip of the same bucket stands in: which clip that is
+depends on the files alone, so order and content of batches stay the same from run to run. More
+unreadable files than `max_bad_files` stop the run.
+
+Which part of a clip is shown: its first frames and the centre, or in training a part drawn from
+the seed, the epoch and the clip's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
 
-from lact_jax.data.batch import process_share, share_of_batches, stack_raw
-from lact_jax.data.listing import Clip, enumerate_some, list_clips, usable_clips
+from lact_jax.data.batch import RawBatch, process_share, stack_raw
+from lact_jax.data.buckets import Draw, Order, check_buckets, nearest
+from lact_jax.data.listing import (
+    Clip,
+    enumerate_some,
+    list_clips,
+    list_stills,
+    split_clips,
+    usable_clips,
+)
 from lact_jax.video_io import VideoError, read_video
 
 _log = logging.getLogger(__name__)
+_BATCHES = 2**31  # of a training run; none sees the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +44,20 @@ class Options:
 
     Attributes:
       path: the folder.
-      num_frames: frames a clip, its first ones, 1 + 4k.
-      height, width: in pixels, multiples of `size_multiple`; scaled to cover, centre-cropped.
+      num_frames: frames a clip, 1 + 4k; with 1, still images are clips too.
+      height, width: in pixels, multiples of `size_multiple`; scaled to cover and cropped.
+      buckets: several (height, width) in place of that one (see `lact_jax.data.buckets`).
       fps: rate that clips are resampled to.
       batch_size: clips a batch in this process.
       seed, shuffle: another order in every epoch, drawn from the seed; or the order of the names.
+      random_crop_time, random_crop_space: in training, another window and another part of the
+        picture in every epoch; otherwise the first frames and the centre.
       num_threads: decoding threads; 0 decodes in the caller's.
       cache_in_memory: keep decoded clips, for folders that fit in memory.
-      process_index, process_count: of all clips this process reads each process_count-th.
+      process_index, process_count: which rows of the batch of all processes this one reads.
       split: "train" is endless, "validation" one pass in the order of the names.
+      holdout: clips that only "validation" shows; with 0 any split shows all.
+      max_bad_files: this many unreadable files are skipped.
       size_multiple: codec stride times patch.
       temporal_stride: of the codec.
     """
@@ -46,19 +66,25 @@ class Options:
     num_frames: int = 81
     height: int = 64
     width: int = 64
+    buckets: tuple[tuple[int, int], ...] = ()
     fps: float = 16.0
     batch_size: int = 1
     seed: int = 0
     shuffle: bool = True
+    random_crop_time: bool = False
+    random_crop_space: bool = False
     num_threads: int = 4
     cache_in_memory: bool = False
     process_index: int = 0
     process_count: int = 1
     split: str = "train"
+    holdout: int = 0
+    max_bad_files: int = 100
     size_multiple: int = 16
     temporal_stride: int = 4
 
     def __post_init__(self):
+        check_buckets(self.buckets, (self.size_multiple, self.size_multiple))
         for name in ("height", "width"):
             value, multiple = getattr(self, name), self.size_multiple
             if value < 1 or value % multiple:
@@ -71,16 +97,26 @@ class Options:
             raise ValueError(
                 f"num_frames={self.num_frames}: must be 1 + {self.temporal_stride}k, such as {good}"
             )
-        if self.fps <= 0 or self.batch_size < 1 or self.num_threads < 0:
+        if self.fps <= 0 or self.batch_size < 1 or self.num_threads < 0 or self.max_bad_files < 0:
             raise ValueError(
-                f"fps={self.fps}, batch_size={self.batch_size}, num_threads={self.num_threads}: "
-                "out of range"
+                f"fps={self.fps}, batch_size={self.batch_size}, num_threads={self.num_threads}, "
+                f"max_bad_files={self.max_bad_files}: out of range"
             )
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(
                 f"process_index={self.process_index}: must be below process_count="
                 f"{self.process_count}"
             )
+        if self.cache_in_memory and (self.random_crop_time or self.random_crop_space):
+            raise ValueError(
+                "data.cache_in_memory keeps one part of every clip, data.random_crop_time and "
+                "data.random_crop_space show another in every epoch: switch either off"
+            )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each bucket."""
+        return self.buckets or ((self.height, self.width),)
 
 
 def make(options: Options) -> grain.IterDataset:
@@ -88,92 +124,172 @@ def make(options: Options) -> grain.IterDataset:
 
     Raises:
       FileNotFoundError, ValueError: as `list_clips`; also where no clip can be used, or there are
-        fewer than processes.
+        too many bad files, nothing left by `holdout`, or too few clips for a validation batch.
     """
     path = Path(options.path)
-    clips, reasons = usable_clips(
-        list_clips(path),
-        num_frames=options.num_frames,
-        fps=options.fps,
-        num_threads=options.num_threads,
-    )
-    if not clips:
-        raise ValueError(
-            f"{path}: none of the {len(reasons)} clips can be used: {enumerate_some(reasons)}"
-        )
-    if reasons:
-        _log.warning(
-            "%s: %d of %d clips skipped: %s",
-            path, len(reasons), len(reasons) + len(clips), enumerate_some(reasons),
-        )  # fmt: skip
-    dataset = share_of_batches(
-        grain.MapDataset.source(_Decoder(clips, options)),
-        stack_raw,
-        split=options.split,
-        batch_size=options.batch_size,
-        seed=options.seed if options.shuffle else None,
-        process_index=options.process_index,
-        process_count=options.process_count,
-        where=str(path),
-    )
+    clips = list_clips(path, stills=options.num_frames == 1)
+    if options.holdout:
+        clips = split_clips(clips, options.holdout)[options.split]
+    bad = BadFiles(path, options.max_bad_files)
+    clips = _look_at(clips, options, bad)
+    places = [nearest(clip.size, options.sizes) if clip.size else 0 for clip in clips]
+    members = [[i for i, at in enumerate(places) if at == bucket]
+               for bucket in range(len(options.sizes))]  # fmt: skip
+    together = options.batch_size * options.process_count
+    order = Order(members, together, options.seed if options.shuffle else None)
+    decoder = _Decoder(clips, members, options, bad)
+    if options.split == "train":
+        batches = grain.MapDataset.range(_BATCHES)
+        find = order.training_batch
+    else:
+        single_pass = order.single_pass()
+        if not single_pass:
+            raise ValueError(
+                f"{path}: {len(clips)} validation clips don't fill a batch of {together}"
+                f"{' of one bucket' if options.buckets else ''}; hold out more, or make "
+                "data.batch_size smaller"
+            )
+        batches = grain.MapDataset.range(len(single_pass))
+        find = single_pass.__getitem__
     threads = options.num_threads
-    return dataset.to_iter_dataset(
+    return batches.map(_reader(find, decoder, options)).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
 
 
+def _reader(find: Callable, decoder: _Decoder, options: Options) -> Callable[[int], RawBatch]:
+    """Number of a batch -> this process's rows of it."""
+    begin = options.process_index * options.batch_size
+
+    def read(number: int) -> RawBatch:
+        bucket, draws = find(int(number))
+        rows = draws[begin : begin + options.batch_size]
+        return stack_raw([decoder.decode(bucket, draw) for draw in rows])
+
+    return read
+
+
+class BadFiles:
+    """Counts the files that can't be read; thread-safe.
+
+    Args:
+      path: their folder, for messages.
+      limit: how many may be met.
+    """
+
+    def __init__(self, path: Path, limit: int):
+        self._path, self._limit = path, limit
+        self._reasons: dict[str, None] = {}
+        self._lock = threading.Lock()
+
+    def add(self, reasons: Sequence[str]) -> bool:
+        """Takes a line for each file, which names it; True if one of them is new.
+
+        Raises ValueError that names them where there are more than the limit.
+        """
+        with self._lock:
+            before = len(self._reasons)
+            self._reasons.update(dict.fromkeys(reasons))
+            known = list(self._reasons)
+        if len(known) > self._limit:
+            raise ValueError(
+                f"{self._path}: {len(known)} files can't be read, more than data.max_bad_files="
+                f"{self._limit}: {enumerate_some(known)}"
+            )
+        return len(known) > before
+
+
+def _look_at(clips: list[Clip], options: Options, bad: BadFiles) -> list[Clip]:
+    """The clips that can be used; warns of the others, and raises where none is left."""
+    path, total = Path(options.path), len(clips)
+    usable, skipped = usable_clips(
+        clips,
+        num_frames=options.num_frames,
+        fps=options.fps,
+        num_threads=options.num_threads,
+        sizes=len(options.sizes) > 1,
+    )
+    reasons = [*skipped.unreadable, *skipped.unsuitable]
+    if not usable:
+        named = enumerate_some(reasons)
+        raise ValueError(f"{path}: none of the {total} clips can be used: {named}")
+    bad.add(skipped.unreadable)
+    if reasons:
+        _log.warning(
+            "%s: %d of %d clips skipped: %s", path, len(reasons), total, enumerate_some(reasons)
+        )
+    if options.num_frames > 1 and (stills := [file.name for file in list_stills(path)]):
+        _log.warning(
+            "%s: %d still images skipped, clips have %d frames: %s",
+            path, len(stills), options.num_frames, enumerate_some(stills),
+        )  # fmt: skip
+    return usable
+
+
 class _Decoder:
-    """Random access to decoded clips {frames (T, H, W, 3) uint8, caption, name}; thread-safe."""
+    """Draws -> decoded clips {frames (T, H, W, 3) uint8, caption, name}; thread-safe."""
 
-    def __init__(self, clips: Sequence[Clip], options: Options):
-        self._clips, self._options = clips, options
+    def __init__(
+        self, clips: Sequence[Clip], members: list[list[int]], options: Options, bad: BadFiles
+    ):
+        self._clips, self._members, self._options, self._bad = clips, members, options, bad
+        self._rank = {clip: rank for m in members for rank, clip in enumerate(m)}
         self._cache: dict[int, dict[str, Any]] = {}
-        self._warned: set[int] = set()
 
-    def __len__(self) -> int:
-        return len(self._clips)
+    def decode(self, bucket: int, draw: Draw) -> dict[str, Any]:
+        """The clip, or the next of its bucket that can be decoded.
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        errors = []
-        for step in range(len(self._clips)):
-            place = (int(index) + step) % len(self._clips)
+        Raises ValueError where none can be, or too many files are bad.
+        """
+        members, errors = self._members[bucket], []
+        for rank in range(self._rank[draw.clip], self._rank[draw.clip] + len(members)):
             try:
-                return self._decoded(place)
+                return self._decoded(bucket, Draw(members[rank % len(members)], draw.epoch))
             except VideoError as error:
                 errors.append(str(error))
-                if place not in self._warned:
-                    self._warned.add(place)
+                if self._bad.add([str(error)]):
                     _log.warning("%s; the next clip stands in for it", error)
         raise ValueError(f"none of the clips can be decoded: {enumerate_some(errors)}")
 
-    def _decoded(self, place: int) -> dict[str, Any]:
-        if place in self._cache:
-            return self._cache[place]
-        clip, options = self._clips[place], self._options
-        frames = read_video(
-            clip.file, fps=options.fps, height=options.height, width=options.width,
-            num_frames=options.num_frames,
-        )  # fmt: skip
+    def _decoded(self, bucket: int, draw: Draw) -> dict[str, Any]:
+        if draw.clip in self._cache:
+            return self._cache[draw.clip]
+        clip = self._clips[draw.clip]
+        frames = self._frames(clip, self._options.sizes[bucket], draw.epoch)
         item = {"frames": frames, "caption": clip.caption, "name": clip.name}
-        if options.cache_in_memory:
-            self._cache[place] = item
+        if self._options.cache_in_memory:
+            self._cache[draw.clip] = item
         return item
+
+    def _frames(self, clip: Clip, size: tuple[int, int], epoch: int) -> np.ndarray:
+        options = self._options
+        start, crop = 0, (0.5, 0.5)
+        if options.split == "train":
+            rng = np.random.default_rng((options.seed, epoch, *clip.name.encode()))
+            last = max(0, (clip.length or 0) - options.num_frames)
+            start = int(rng.integers(last + 1)) if options.random_crop_time else 0
+            crop = tuple(rng.random(2)) if options.random_crop_space else crop
+        what = {"fps": options.fps, "num_frames": options.num_frames, "crop": crop,
+                "height": size[0], "width": size[1]}  # fmt: skip
+        try:
+            return read_video(clip.file, start=start, **what)
+        except VideoError:
+            if start == 0:
+                raise
+            # Where a container promises more than there is, the first frames still are.
+            return read_video(clip.file, **what)
 
 
 def options_from_config(config: Any, codec: Any) -> Options:
-    """The Options that a run's config asks for (without `data.options`)."""
+    """The Options that a run's config asks for (without `data.options` and `data.holdout`)."""
     data = config.data
     batch_size, process_index, process_count = process_share(data.batch_size)
+    same = ("path", "num_frames", "height", "width", "buckets", "fps", "random_crop_time",
+            "random_crop_space", "num_threads", "cache_in_memory", "max_bad_files")  # fmt: skip
     return Options(
-        path=data.path,
-        num_frames=data.num_frames,
-        height=data.height,
-        width=data.width,
-        fps=data.fps,
+        **{name: getattr(data, name) for name in same},
         batch_size=batch_size,
         seed=config.seed,
-        num_threads=data.num_threads,
-        cache_in_memory=data.cache_in_memory,
         process_index=process_index,
         process_count=process_count,
         size_multiple=codec.spatial_stride * max(config.model.patch_size[1:]),
@@ -182,13 +298,20 @@ def options_from_config(config: Any, codec: Any) -> Options:
 
 
 def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
-    """`make` for a run; `data.options` may set shuffle. ValueError names an unknown option."""
+    """`make` for a run; `data.options` may set shuffle.
+
+    Raises ValueError for an unknown option, no path, or validation without `data.holdout`.
+    """
     del text
-    if split == "validation":
-        raise ValueError(f"{config.data.path}: no clips are held out (data.holdout)")
-    options = dict(config.data.options)
+    data = config.data
+    if not data.path:
+        raise ValueError("data.path is empty: give the folder of videos")
+    if split == "validation" and not data.holdout:
+        raise ValueError(
+            f"{data.path}: no clips are held out for validation; data.holdout says how many"
+        )
+    options = dict(data.options)
     if unknown := sorted(set(options) - {"shuffle"}):
         raise ValueError(f"data.options of 'video_folder': unknown {unknown}; it takes ['shuffle']")
-    if not config.data.path:
-        raise ValueError("data.path is empty: give the folder of videos")
-    return make(dataclasses.replace(options_from_config(config, codec), **options))
+    asked = dataclasses.replace(options_from_config(config, codec), **options)
+    return make(dataclasses.replace(asked, split=split, holdout=data.holdout))
