@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from lact_jax import encoders
@@ -18,6 +19,7 @@ from lact_jax.gallery import Gallery
 from lact_jax.models.dit import abstract_params
 from lact_jax.models.vae import TEMPORAL_STRIDE
 from lact_jax.pipeline import Pipeline
+from lact_jax.sharding import make_mesh, state_shardings
 from lact_jax.sizes import check_sizes
 from lact_jax.workdir import flat_config
 
@@ -63,7 +65,8 @@ def generate(
     codec = encoders.make_codec(config.codec.name, **config.codec.options)
     text = encoders.make_text_encoder(config.text.name, **config.text.options)
     check_sizes(config, codec, text)
-    params, origin = source()
+    abstract = abstract_params(config.model)
+    params, origin = source(state_shardings(make_mesh(config.mesh), abstract, abstract))
     pipeline = Pipeline(config, params, codec, text)
     settings = dataclasses.asdict(config.sample) | origin
     with Gallery(out, settings, fps=config.data.fps) as gallery:
@@ -73,7 +76,8 @@ def generate(
 
 
 def _trained(config: Config, workdir: str | Path, step: int | None):
-    """Checks the workdir; returns a function that reads (parameters, what to say of them)."""
+    """Checks the workdir; returns a function that reads (parameters, what to say of them) to the
+    given shardings."""
     folder = Path(workdir) / "checkpoints"
     check_trained_with(config, Path(workdir))
     if not complete_steps(folder):
@@ -81,7 +85,14 @@ def _trained(config: Config, workdir: str | Path, step: int | None):
     step = complete_steps(folder)[-1] if step is None else step
     abstract, weights = abstract_params(config.model), config.sample.weights
     origin = {"checkpoint_step": step}
-    return lambda: (restore_params(folder, step, weights, abstract), origin)
+
+    def read(shardings):
+        placed = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        return restore_params(folder, step, weights, placed), origin
+
+    return read
 
 
 def _converted(config: Config):
@@ -98,7 +109,7 @@ def _converted(config: Config):
             f"is {missing[0]}): train from it, or sample it as plain Wan with --mode=full"
         )
     origin = {"converted": str(config.init_from)}
-    return lambda: (load_dit(config.init_from, config.model), origin)
+    return lambda shardings: (load_dit(config.init_from, config.model, shardings), origin)
 
 
 def sample_batches(

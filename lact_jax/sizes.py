@@ -1,10 +1,14 @@
 """Whether the sizes in a config fit each other, and those that follow from them."""
 
+import math
+
 import numpy as np
+from jax.sharding import Mesh
 
 from lact_jax.config import Config
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.objective import split_chunks
+from lact_jax.ops.parallel import check_tokens
 
 
 def latent_size(config: Config, codec: VideoCodec) -> tuple[int, int, int]:
@@ -12,6 +16,14 @@ def latent_size(config: Config, codec: VideoCodec) -> tuple[int, int, int]:
     data = config.data
     frames = 1 + (data.num_frames - 1) // codec.temporal_stride
     return frames, data.height // codec.spatial_stride, data.width // codec.spatial_stride
+
+
+def check_shares(config: Config, codec: VideoCodec, mesh: Mesh) -> None:
+    """Raises ValueError unless the devices of mesh.seq can share the tokens of a chunk evenly."""
+    _, height, width = latent_size(config, codec)
+    sizes = config.objective.frames_per_chunk, height, width
+    tokens = math.prod(n // p for n, p in zip(sizes, config.model.patch_size, strict=True))
+    check_tokens(tokens, mesh.shape["seq"])
 
 
 def check_sizes(config: Config, codec: VideoCodec, text: TextEncoder) -> None:

@@ -18,8 +18,8 @@ from lact_jax.data import empty_text, make_dataset
 from lact_jax.interrupt import leave_on_signal
 from lact_jax.models.dit import abstract_params
 from lact_jax.optim import merge
-from lact_jax.sharding import batch_sharding, make_mesh, replicated, state_shardings
-from lact_jax.sizes import check_sizes, latent_size
+from lact_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated, state_shardings
+from lact_jax.sizes import check_shares, check_sizes, latent_size
 from lact_jax.train_state import TrainState, init_state, make_train_step
 from lact_jax.training_log import Log, step_work
 from lact_jax.watch import Watch
@@ -83,6 +83,7 @@ def make_parts(config: Config) -> _Parts:
     check_sizes(config, codec, text)
     wandb_run.check(config.wandb)
     mesh = make_mesh(config.mesh)
+    check_shares(config, codec, mesh)
     microbatch = config.data.batch_size // config.train.accumulation
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if microbatch % replicas:
@@ -116,7 +117,7 @@ class _Run:
         self.log = Log(config, folder, self.step, work)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         step_fn = jax.jit(
-            make_train_step(config),
+            on_mesh(self.mesh, make_train_step(config)),
             donate_argnums=0,
             out_shardings=(shardings, replicated(self.mesh)),
         )

@@ -25,6 +25,7 @@ from lact_jax.models.dit import bind
 from lact_jax.objective import Draws, build_sequence, split_chunks
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, unpack_noise
 from lact_jax.optim import merge
+from lact_jax.sharding import on_mesh
 from lact_jax.workdir import write_atomically
 
 NOISE_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
@@ -81,7 +82,7 @@ class Validator:
       batches: the validation split (see `validation_config`), read here.
       encoder: of the run's batches.
       replicas: devices that share a batch.
-      replicated: the sharding of the result.
+      replicated: the sharding of the result, on the run's mesh.
       fewer: take fewer than `validation.num_clips` clips where there are no more.
 
     Raises:
@@ -94,11 +95,12 @@ class Validator:
         batches: Iterable[Mapping[str, Any]],
         encoder: BatchEncoder,
         replicas: int,
-        replicated: jax.sharding.Sharding,
+        replicated: jax.sharding.NamedSharding,
         fewer: bool = False,
     ):
         self._encoder = encoder
-        self._evaluate = jax.jit(make_evaluate(config), out_shardings=replicated)
+        evaluate = on_mesh(replicated.mesh, make_evaluate(config))
+        self._evaluate = jax.jit(evaluate, out_shardings=replicated)
         processes = jax.process_count()
         wanted = -(-config.validation.num_clips // processes)
         clips = _first_clips(batches, wanted)

@@ -99,7 +99,7 @@ def test_folders_of_videos_that_can_not_be_trained_on(how, message, videos, tmp_
         ({"codec__name": "wan", "codec__options": {"path": ""}}, r"--config\.init_from=FOLDER"),
         ({"model__latent_channels": 8}, r"model\.latent_channels=8, but codec 'pca' makes 16"),
         ({"model__text_dim": 9}, r"model\.text_dim=9, but text encoder 'words' makes .* width 8"),
-        ({"mesh__seq": 2}, r"mesh\.seq=2: sequence sharding is not there yet"),
+        ({"mesh__seq": 2}, r"mesh=\(-1, 1, 2\) does not divide 1 devices"),
         ({"mesh__fsdp": 3}, r"does not divide 1 devices"),
         ({"data__path": ""}, r"data\.path is empty: give the folder"),
     ],

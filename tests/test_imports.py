@@ -46,12 +46,13 @@ ALLOWED = {
     },
     "training_log": {"config", "flops", "run_logging", "tensorboard_run", "wandb_run"},
     "validation": {
-        "batch_encoder", "config", "diffusion", "models", "objective", "ops", "optim", "workdir",
+        "batch_encoder", "config", "diffusion", "models", "objective", "ops", "optim", "sharding",
+        "workdir",
     },
     "train_state": {"config", "models", "objective", "optim"},
-    "sizes": {"config", "encoders", "objective"},
+    "sizes": {"config", "encoders", "objective", "ops"},
     "batch_encoder": {"encoders"},
-    "pipeline": {"config", "diffusion", "encoders", "models"},
+    "pipeline": {"config", "diffusion", "encoders", "models", "sharding", "sizes"},
 }  # fmt: skip
 
 
