@@ -8,13 +8,21 @@ from typing import Any
 import grain
 import numpy as np
 
-from lact_jax.data import encoded, mixture, random_latents, synthetic_dataset, video_folder
+from lact_jax.data import (
+    data_module,
+    encoded,
+    mixture,
+    random_latents,
+    synthetic_dataset,
+    video_folder,
+)
 from lact_jax.data.batch import SPLITS
 
 # Name -> function of (config, codec, text encoder, split).
 DATASETS: dict[str, Callable[..., grain.IterDataset]] = {
     "encoded": encoded.from_config,
     "mixture": lambda *args: mixture.from_config(make_dataset, *args),
+    "module": data_module.from_config,
     "random": random_latents.from_config,
     "synthetic": synthetic_dataset.from_config,
     "video_folder": video_folder.from_config,
