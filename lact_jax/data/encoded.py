@@ -17,8 +17,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lact_jax.data import encoded_format as layout
-from lact_jax.data.batch import EncodedBatch, process_share, share_of_batches
+from lact_jax.data.batch import EncodedBatch, process_share
+from lact_jax.data.buckets import Order
 from lact_jax.data.indexed import IndexedDataset
+
+_BATCHES = 2**31  # of a training run; none sees the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Options:
       batch_size: clips a batch in this process.
       seed: of the order.
       num_threads, num_workers: reading threads, or processes in place of them.
-      process_index, process_count: of all clips this process reads each process_count-th.
+      process_index, process_count: which rows of the batch of all processes this one reads.
     """
 
     path: str
@@ -54,19 +57,69 @@ def make(options: Options) -> grain.IterDataset:
       ValueError: another version, a shard that is cut off, no such split, or too few clips.
     """
     path = Path(options.path)
-    _check_shards(path, layout.read_manifest(path), options.split)
-    source = tfds.builder_from_directory(path).as_data_source(options.split)
-    batches = share_of_batches(
-        grain.MapDataset.source(source),
-        functools.partial(stack, text_len=options.text_len),
-        split=options.split,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        process_index=options.process_index,
-        process_count=options.process_count,
-        where=str(path),
+    shards = _shards(path, layout.read_manifest(path), options.split)
+    reader = _Reader(options, [bucket for shard in shards for bucket in shard["buckets"]])
+    if options.split == "train":
+        numbers = grain.MapDataset.range(_BATCHES)
+    elif whole := reader.count_validation_batches():
+        numbers = grain.MapDataset.range(whole)
+    else:
+        raise ValueError(
+            f"{path}: {sum(shard['clips'] for shard in shards)} validation clips, fewer than the "
+            f"{options.batch_size * options.process_count} of one batch; hold out more, or make "
+            "data.batch_size smaller"
+        )
+    return IndexedDataset(
+        numbers.map(reader), num_threads=options.num_threads, num_workers=options.num_workers
     )
-    return IndexedDataset(batches, num_threads=options.num_threads, num_workers=options.num_workers)
+
+
+class _Reader:
+    """Number of a batch -> this process's rows of it; can be sent to a worker process.
+
+    Args:
+      options: where and how.
+      buckets: of each clip; those of one batch have the same.
+    """
+
+    def __init__(self, options: Options, buckets: Sequence[int]):
+        self._options = options
+        self._members = [np.flatnonzero(np.equal(buckets, b)) for b in sorted(set(buckets))]
+        self._open()
+
+    def _open(self) -> None:
+        options = self._options
+        builder = tfds.builder_from_directory(options.path)
+        self._source = builder.as_data_source(options.split)
+        self._order = Order(
+            self._members,
+            options.batch_size * options.process_count,
+            options.seed if options.split == "train" else None,
+        )
+
+    def __getstate__(self) -> tuple:
+        return self._options, self._members
+
+    def __setstate__(self, state: tuple) -> None:
+        self._options, self._members = state
+        self._open()
+
+    @functools.cached_property
+    def _single_pass(self):
+        return self._order.single_pass()
+
+    def count_validation_batches(self) -> int:
+        return len(self._single_pass)
+
+    def __call__(self, number: int) -> EncodedBatch:
+        options = self._options
+        if options.split == "train":
+            _, draws = self._order.training_batch(int(number))
+        else:
+            _, draws = self._single_pass[int(number)]
+        begin = options.process_index * options.batch_size
+        rows = [int(draw.clip) for draw in draws[begin : begin + options.batch_size]]
+        return stack(self._source.__getitems__(rows), text_len=options.text_len)
 
 
 def stack(clips: Sequence[Mapping[str, Any]], *, text_len: int) -> EncodedBatch:
@@ -79,7 +132,8 @@ def stack(clips: Sequence[Mapping[str, Any]], *, text_len: int) -> EncodedBatch:
     )
 
 
-def _check_shards(path: Path, manifest: Mapping[str, Any], split: str) -> None:
+def _shards(path: Path, manifest: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
+    """The shards of a split, in order, after a look at whether they are whole."""
     splits = manifest["splits"]
     if split not in splits:
         hint = "; encode the videos with --holdout=N" if split == "validation" else ""
@@ -93,6 +147,7 @@ def _check_shards(path: Path, manifest: Mapping[str, Any], split: str) -> None:
                 f"{file}: {found} bytes, {shard['bytes']} when it was written; copy the data set "
                 "again, or encode it again"
             )
+    return splits[split]
 
 
 def check_config(path: Path, config: Any, codec: Any, text: Any) -> None:

@@ -92,11 +92,15 @@ def describe(config: Any, codec: Any, text: Any) -> dict[str, Any]:
         },
         "clip": {
             "num_frames": data.num_frames,
-            "height": data.height,
-            "width": data.width,
+            "sizes": [list(size) for size in sizes(data)],
             "fps": data.fps,
         },
     }
+
+
+def sizes(data: Any) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels of each size bucket; a single one unless data.buckets is set."""
+    return tuple(map(tuple, data.buckets)) or ((data.height, data.width),)
 
 
 def _probe(codec: Any) -> list[float]:

@@ -22,14 +22,16 @@ from typing import Any
 import grain
 import ml_dtypes
 import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tqdm import tqdm
 
 from lact_jax.data import encoded_format as layout
+from lact_jax.data.buckets import nearest
 from lact_jax.data.encoding_merge import merge, record_file, report_file
 from lact_jax.data.encoding_source import Shard, cut_shards, find_clips, fingerprint
 from lact_jax.data.listing import Clip
-from lact_jax.video_io import VideoError, read_video, replacing
+from lact_jax.video_io import VideoError, read_video, replacing, shown_size
 
 PLAN = "plan.json"
 SHARD_SIZE = 64
@@ -124,6 +126,7 @@ class _Encoder:
     def __init__(self, config: Any, codec: Any, text: Any):
         self._fps, self._codec = config.data.fps, codec
         self._features = layout.features(codec.latent_channels, text.text_dim)
+        self._serializer = tfds.core.ExampleSerializer(self._features.get_serialized_info())
         self._text = functools.lru_cache(_CAPTIONS_KEPT)(
             lambda caption: layout.cut_text(np.asarray(text.encode([caption])[0], np.float32))
         )
@@ -134,7 +137,7 @@ class _Encoder:
         if not np.isfinite(latent_FhwC).all():
             return None
         time, height, width, _ = frames_THW3.shape
-        return self._features.serialize_example({
+        example = self._features.encode_example({
             "latent": latent_FhwC.astype(ml_dtypes.bfloat16),
             "text": self._text(clip.caption),
             "caption": clip.caption,
@@ -142,6 +145,8 @@ class _Encoder:
             "fps": self._fps,
             "size": np.array([height, width, time], np.int32),
         })  # fmt: skip
+        # TFDS itself writes a record's fields in another order in every process.
+        return self._serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 def _encode_shards(
@@ -160,7 +165,7 @@ def _encode_shards(
     with tqdm(total=len(clips), unit="clip", desc="encoding") as bar:
         for shard in shards:
             temporary = work / f".writing-{process_index}-{shard.name}"
-            report = _encode_shard(temporary, shard, decoded, encode, stop, bar)
+            report = _encode_shard(temporary, shard, decoded, data, encode, stop, bar)
             if report is None:
                 temporary.unlink()
                 return
@@ -170,14 +175,18 @@ def _encode_shards(
 
 
 def _decoding(clips: list[Clip], data: Any) -> grain.IterDataset:
-    """Frames (T, H, W, 3) of each clip, or the reason why there are none."""
+    """Frames (T, H, W, 3) of each clip, or the reason why there are none: its first frames and the
+    centre, whatever training on the videos themselves would draw."""
+
+    sizes = layout.sizes(data)
 
     def read(clip: Clip) -> np.ndarray | str:
         try:
+            bucket = nearest(shown_size(clip.file), sizes) if len(sizes) > 1 else 0
+            height, width = sizes[bucket]
             return read_video(
-                clip.file, fps=data.fps, height=data.height, width=data.width,
-                num_frames=data.num_frames,
-            )  # fmt: skip
+                clip.file, fps=data.fps, height=height, width=width, num_frames=data.num_frames
+            )
         except VideoError as error:
             return str(error)
 
@@ -191,13 +200,15 @@ def _encode_shard(
     path: Path,
     shard: Shard,
     decoded: Iterator[np.ndarray | str],
+    data: Any,
     encode: _Encoder,
     stop: Callable[[], bool],
     bar: tqdm,
 ) -> dict[str, Any] | None:
     """Writes the records. Returns what was kept, and why other clips were not; None if stopped."""
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    kept, skipped = [], {}
+    sizes = layout.sizes(data)
+    kept, buckets, skipped = [], [], {}
     try:
         for clip in shard.clips:
             if stop():
@@ -207,10 +218,11 @@ def _encode_shard(
             if isinstance(record, bytes):
                 writer.write(record)
                 kept.append(clip.name)
+                buckets.append(sizes.index(frames.shape[1:3]))
             else:
                 skipped[clip.name] = record or f"{clip.file}: its latent has NaN or infinity"
             bar.set_postfix(shard=shard.name, skipped=len(skipped), refresh=False)
             bar.update()
     finally:
         writer.close()
-    return {"kept": kept, "skipped": skipped, "bytes": path.stat().st_size}
+    return {"kept": kept, "buckets": buckets, "skipped": skipped}

@@ -69,7 +69,7 @@ def _finish(
         if full:
             splits[split] = [
                 _put(record_file(work, shard), dst / _final_name(split, place, len(full)))
-                | {"clips": len(reports[shard]["kept"])}
+                | {"clips": len(reports[shard]["kept"]), "buckets": reports[shard]["buckets"]}
                 for place, shard in enumerate(full)
             ]
     empty_LD = layout.cut_text(np.asarray(text.encode([""])[0], np.float32))

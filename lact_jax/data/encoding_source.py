@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lact_jax.data import synthetic_dataset
-from lact_jax.data.listing import Clip, list_clips
+from lact_jax.data.listing import Clip, list_clips, split_clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ def find_clips(config: Any, codec: Any, src: str | None, holdout: int) -> dict[s
       holdout: clips of the folder for validation.
 
     Raises:
-      ValueError: a data set that has no videos; or nothing is left to train on.
-      FileNotFoundError, ValueError: as `list_clips`.
+      ValueError: a data set that has no videos.
+      FileNotFoundError, ValueError: as `list_clips` and `split_clips`.
     """
     data = config.data
     if src is None and data.name == "synthetic":
@@ -55,19 +55,8 @@ def find_clips(config: Any, codec: Any, src: str | None, holdout: int) -> dict[s
             f"nothing to encode: give --src=VIDEOS (data.name={data.name!r}, data.path="
             f"{data.path!r} is neither a folder of videos nor the synthetic data set)"
         )
-    return split_clips(list_clips(Path(src or data.path)), holdout)
-
-
-def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:
-    """Holds out the clips whose names have the smallest hashes; ValueError if all would be."""
-    if not 0 <= holdout < len(clips):
-        raise ValueError(f"holdout={holdout}: must be from 0 to below the {len(clips)} clips")
-    by_hash = sorted(clips, key=lambda clip: hashlib.sha256(clip.name.encode()).digest())
-    held_out = {clip.name for clip in by_hash[:holdout]}
-    return {
-        "train": [clip for clip in clips if clip.name not in held_out],
-        "validation": [clip for clip in clips if clip.name in held_out],
-    }
+    clips = list_clips(Path(src or data.path), stills=data.num_frames == 1)
+    return split_clips(clips, holdout)
 
 
 def cut_shards(clips: Mapping[str, Sequence[Clip]], shard_size: int) -> list[Shard]:

@@ -85,6 +85,11 @@ def from_config(
 
     Raises ValueError as `parts`, and as each data set, after its name in the mixture.
     """
+    if config.data.buckets:
+        raise ValueError(
+            f"data.buckets={config.data.buckets}: a mixture draws clip by clip and so has clips of "
+            "one size; leave the buckets out"
+        )
     mine, _, process_count = process_share(config.data.batch_size)
     datasets, weights = [], []
     for key, (weight, data) in parts(config.data).items():
