@@ -34,7 +34,7 @@ class TensorboardRun:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = EventFileWriter(str(folder))
+        self._writer = EventFileWriter(str(folder), flush_secs=10)
         if step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add(step + 1, session_log=start)
