@@ -6,10 +6,9 @@ C latent channels, L text tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
-import grain
 import jax
 import numpy as np
 
@@ -53,51 +52,3 @@ def process_share(batch_size: int) -> tuple[int, int, int]:
             f"data.batch_size={batch_size}: must be a multiple of the {count} processes"
         )
     return batch_size // count, index, count
-
-
-def share_of_batches(
-    clips: grain.MapDataset,
-    batch_fn: Callable[[Sequence[Any]], Any],
-    *,
-    split: str,
-    batch_size: int,
-    seed: int | None,
-    process_index: int,
-    process_count: int,
-    where: str,
-) -> grain.MapDataset:
-    """Single clips -> the batches of one process, in the order that a split asks for.
-
-    Args:
-      clips: all clips of the split, the same in every process.
-      batch_fn: makes a batch of a list of clips.
-      split: "train" goes round for ever; "validation" is one pass of whole batches, in the order
-        of `clips`.
-      batch_size: clips a batch in this process.
-      seed: of the training order, another one in every epoch; None keeps the order of `clips`.
-      process_index, process_count: of every process_count clips this process takes one.
-      where: the data set, for messages.
-
-    Raises:
-      ValueError: fewer clips than processes, or for validation than one batch of all processes.
-    """
-    together = batch_size * process_count
-    if split == "validation" and len(clips) < together:
-        raise ValueError(
-            f"{where}: {len(clips)} validation clips, fewer than the {together} of one batch; hold "
-            "out more, or make data.batch_size smaller"
-        )
-    if len(clips) < process_count:
-        raise ValueError(
-            f"{where}: {len(clips)} usable clips for {process_count} processes; "
-            "each needs at least one"
-        )
-    if split == "validation":
-        clips = clips[: len(clips) // together * together]
-    elif seed is not None:
-        clips = clips.shuffle(seed)
-    if process_count > 1:
-        clips = clips[process_index::process_count]
-    if split == "train":
-        clips = clips.repeat()
-    return clips.batch(batch_size, drop_remainder=True, batch_fn=batch_fn)

@@ -7,6 +7,9 @@
     DATASET/manifest.json                       what encoded them; written last
     DATASET/.unfinished/                        shards, until all are there
 
+`tfds.builder_from_directory(DATASET).as_data_source("train")` reads it by itself, once `ml_dtypes`
+(or jax) is imported, from which NumPy knows bfloat16. TensorFlow is not needed.
+
 Legend: F latent frames, h, w latent cells, C latent channels, L text tokens, D text width.
 """
 

@@ -77,7 +77,7 @@ def test_tfds_reads_what_encoding_directly_gives(videos, whole):
 
 def test_tensorflow_is_not_loaded(whole):
     code = (
-        "import sys, tensorflow_datasets as tfds\n"
+        "import sys, ml_dtypes, tensorflow_datasets as tfds\n"
         f"source = tfds.builder_from_directory({str(whole)!r}).as_data_source('train')\n"
         "print(len(source), source[0]['latent'].dtype, 'tensorflow' in sys.modules)"
     )
