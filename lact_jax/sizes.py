@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lact_jax.config import Config
+from lact_jax.data.buckets import check_buckets
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.objective import split_chunks
 from lact_jax.ops.parallel import check_tokens
@@ -18,12 +19,20 @@ def latent_size(config: Config, codec: VideoCodec) -> tuple[int, int, int]:
     return frames, data.height // codec.spatial_stride, data.width // codec.spatial_stride
 
 
+def latent_sizes(config: Config, codec: VideoCodec) -> list[tuple[int, int, int]]:
+    """The size that clips are sampled in, and those of the buckets that they are trained in."""
+    frames, height, width = latent_size(config, codec)
+    stride = codec.spatial_stride
+    buckets = [(frames, h // stride, w // stride) for h, w in config.data.buckets]
+    return [(frames, height, width), *buckets]
+
+
 def check_shares(config: Config, codec: VideoCodec, mesh: Mesh) -> None:
     """Raises ValueError unless the devices of mesh.seq can share the tokens of a chunk evenly."""
-    _, height, width = latent_size(config, codec)
-    sizes = config.objective.frames_per_chunk, height, width
-    tokens = math.prod(n // p for n, p in zip(sizes, config.model.patch_size, strict=True))
-    check_tokens(tokens, mesh.shape["seq"])
+    for _, height, width in latent_sizes(config, codec):
+        sizes = config.objective.frames_per_chunk, height, width
+        tokens = math.prod(n // p for n, p in zip(sizes, config.model.patch_size, strict=True))
+        check_tokens(tokens, mesh.shape["seq"])
 
 
 def check_sizes(config: Config, codec: VideoCodec, text: TextEncoder) -> None:
@@ -38,6 +47,7 @@ def check_sizes(config: Config, codec: VideoCodec, text: TextEncoder) -> None:
                 f"data.{side}={size} is not a multiple of {multiple} (codec stride {stride} x "
                 f"patch {patch}): use {f'{below} or ' if below else ''}{above}"
             )
+    check_buckets(data.buckets, (stride * model.patch_size[1], stride * model.patch_size[2]))
     if (data.num_frames - 1) % time_stride:
         raise ValueError(
             f"data.num_frames={data.num_frames} is not 1 + {time_stride}k: use "

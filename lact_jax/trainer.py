@@ -28,10 +28,10 @@ from lact_jax.workdir import open_workdir
 # What may change between two starts of one run without making it another run.
 MAY_DIFFER = (
     "train.steps", "train.save_every", "train.keep_last", "train.log_every", "train.plot_every",
-    "data.num_threads", "data.num_workers", "data.cache_in_memory", "data.path", "sample.*",
-    "validation.every", "validation.sample_every", "validation.prompts*", "tensorboard.*",
-    "wandb.*", "mesh.*", "init_from", "codec.options.path", "text.options.path",
-    "text.options.cache_dir",
+    "data.num_threads", "data.num_workers", "data.cache_in_memory", "data.path",
+    "data.max_bad_files", "sample.*", "validation.every", "validation.sample_every",
+    "validation.prompts*", "tensorboard.*", "wandb.*", "mesh.*", "init_from",
+    "codec.options.path", "text.options.path", "text.options.cache_dir",
 )  # fmt: skip
 
 

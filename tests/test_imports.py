@@ -50,7 +50,7 @@ ALLOWED = {
         "workdir",
     },
     "train_state": {"config", "models", "objective", "optim"},
-    "sizes": {"config", "encoders", "objective", "ops"},
+    "sizes": {"config", "data", "encoders", "objective", "ops"},
     "batch_encoder": {"encoders"},
     "pipeline": {"config", "diffusion", "encoders", "models", "sharding", "sizes"},
 }  # fmt: skip
