@@ -21,7 +21,6 @@ from lact_jax.validation import (
     NOISE_LEVELS,
     Validator,
     heat_map,
-    make_evaluate,
     summary,
     validation_config,
     write_heat_map,
@@ -46,6 +45,23 @@ def params(config):
     return jax.tree.map(
         lambda x: x + jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), params
     )
+
+
+@pytest.fixture(scope="module")
+def weights(params):
+    """(trained, frozen), as a run that trains the attention alone has them."""
+    return split_trainable(params, "attn_only")
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Five, of which three are asked for."""
+    return random_clips(5)
+
+
+@pytest.fixture(scope="module")
+def validator(config, clips):
+    return make_validator(config, *clips)
 
 
 def one_at_a_time(config, params, latents, texts):
@@ -87,39 +103,36 @@ def make_validator(config, latents, texts, replicas=1, **options):
     return Validator(config, batches, encoder, replicas, replicated(mesh), **options)
 
 
-def test_it_is_the_loss_of_each_chunk_denoised_behind_its_clean_past(config, params):
-    latents, texts = random_clips(5)
-    trained, frozen = split_trainable(params, "attn_only")
-    validator = make_validator(config, latents, texts)
+def test_it_is_the_loss_of_each_chunk_denoised_behind_its_clean_past(
+    config, params, weights, clips, validator
+):
+    latents, texts = clips
     assert validator.num_clips == 3  # the first ones
-    loss_VW = validator(trained, frozen)
+    loss_VW = validator(*weights)
     twin_VW = one_at_a_time(config, params, latents[:3], texts[:3])
     assert loss_VW.shape == (10, 2) and loss_VW.dtype == np.float64
     assert relative_error(loss_VW, twin_VW) < 1e-5
     np.testing.assert_allclose(loss_VW, twin_VW, rtol=1e-4)
 
 
-def test_same_weights_same_numbers_other_weights_others_and_one_program(config, params):
-    latents, texts = random_clips(3)
-    validator = make_validator(config, latents, texts)
-    first = validator(params, {})
-    other = validator(jax.tree.map(lambda x: 0.9 * x, params), {})
-    assert np.array_equal(validator(params, {}), first)
+def test_same_weights_same_numbers_other_weights_others_and_one_program(weights, validator):
+    first = validator(*weights)
+    other = validator(*jax.tree.map(lambda x: 0.9 * x, weights))
+    assert np.array_equal(validator(*weights), first)
     assert relative_error(other, first) > 1e-3
     assert validator._evaluate._cache_size() == 1
 
 
-def test_a_clip_does_not_depend_on_those_beside_it_nor_on_the_padding(config, params):
-    latents, texts = random_clips(3)
-    alone = make_validator(config, latents, texts)(params, {})
-    pairs = make_validator(config, latents, texts, replicas=2)(params, {})
-    assert relative_error(pairs, alone) < 1e-6
-    evaluate = jax.jit(make_evaluate(config))
-    numbers = jnp.arange(3, dtype=jnp.int32)
-    errors = evaluate(params, {}, latents, texts, numbers)
-    assert relative_error(np.mean(errors, axis=1), alone) < 1e-6
-    moved = evaluate(params, {}, latents, texts, numbers + 1)
-    assert relative_error(moved, errors) > 1e-3  # every clip has noise of its own
+def test_a_clip_does_not_depend_on_those_beside_it_nor_on_the_padding(
+    config, weights, clips, validator
+):
+    alone = validator(*weights)
+    pairs = make_validator(config, *clips, replicas=2)
+    assert relative_error(pairs(*weights), alone) < 1e-6
+    evaluate, (latents, texts) = pairs._evaluate, clips
+    same = [x[:1].repeat(2, axis=0) for x in (latents, texts)]
+    first, second = np.moveaxis(evaluate(*weights, *same, jnp.asarray([0, 1], jnp.int32)), 1, 0)
+    assert relative_error(second, first) > 1e-3  # every clip has noise of its own
 
 
 def test_too_few_clips_are_an_error_but_for_debugging(config):
@@ -129,10 +142,9 @@ def test_too_few_clips_are_an_error_but_for_debugging(config):
     assert make_validator(config, latents, texts, fewer=True).num_clips == 2
 
 
-def test_it_stops_between_clips(config, params):
-    validator = make_validator(config, *random_clips(3))
+def test_it_stops_between_clips(weights, validator):
     asked = iter([False, True])
-    assert validator(params, {}, lambda: next(asked)) is None
+    assert validator(*weights, lambda: next(asked)) is None
     assert next(asked, "none left") == "none left"
 
 
