@@ -271,6 +271,11 @@ def parse(config: Mapping) -> Config:
             f"data.batch_size={parsed.data.batch_size} is not a multiple of "
             f"train.accumulation={parsed.train.accumulation}"
         )
+    if parsed.sample.context_noise > parsed.objective.context_noise:
+        raise ValueError(
+            f"sample.context_noise={parsed.sample.context_noise} is over objective.context_noise="
+            f"{parsed.objective.context_noise}: the model does not know such context from training"
+        )
     return parsed
 
 

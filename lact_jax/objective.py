@@ -15,6 +15,8 @@ from lact_jax.diffusion import flow
 from lact_jax.models.dit import DiT
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
 
+_CONTEXT_KEY = 3  # a sample's key splits into three; this folds in what none of them is made of
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -29,6 +31,11 @@ class ObjectiveConfig:
       logit_normal_weighting: weigh the loss by the logit-normal mass of the unshifted time.
       logit_normal_std: its standard deviation.
       drop_text_prob: probability that a sample trains on the empty caption.
+      context_noise: the highest noise level of clean context chunks; 0 leaves them clean. Each
+        draws its level uniformly up to it and the model is told, so that it learns to make do with
+        context like its own samples. As in Cascaded Diffusion Models (Ho et al. 2021,
+        arXiv:2106.15282) and, for frames before, in GameNGen (Valevski et al. 2024,
+        arXiv:2408.14837).
     """
 
     frames_per_chunk: int = 3
@@ -39,6 +46,7 @@ class ObjectiveConfig:
     logit_normal_weighting: bool = True
     logit_normal_std: float = 1.0
     drop_text_prob: float = 0.1
+    context_noise: float = 0.0
 
     def __post_init__(self):
         if self.time_sampling not in flow.TIME_SAMPLERS:
@@ -48,6 +56,8 @@ class ObjectiveConfig:
             )
         if not 0 <= self.drop_text_prob <= 1:
             raise ValueError(f"objective.drop_text_prob={self.drop_text_prob}: must be in [0, 1]")
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"objective.context_noise={self.context_noise}: must be in [0, 1)")
         for name in ("frames_per_chunk", "num_repeat"):
             if getattr(self, name) < 1:
                 raise ValueError(f"objective.{name}={getattr(self, name)}: must be at least 1")
@@ -60,13 +70,22 @@ class ObjectiveConfig:
         return flow.resolution_shift(tokens // (patch[0] * patch[1] * patch[2]))
 
 
+class Context(NamedTuple):
+    """What the clean chunks that stand in the sequence, all W but the last, are noised with: noise
+    (B, W-1, f, h, w, c) and its level t (B, W-1)."""
+
+    noise: jax.Array
+    t_BW: jax.Array
+
+
 class Draws(NamedTuple):
     """All that is random in a step: noise like the chunks (B, R, W, f, h, w, c), time u (B, R, W),
-    and whether a sample loses its caption (B,)."""
+    whether a sample loses its caption (B,), and the context's noise where it has some."""
 
     noise: jax.Array
     u_BRW: jax.Array
     drop_text_B: jax.Array
+    context: Context | None = None
 
 
 class Loss(NamedTuple):
@@ -97,13 +116,27 @@ def draw(
     repeats = config.num_repeat
 
     def one(index, x_Wfhwc):
-        noise_key, time_key, text_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        sample_key = jax.random.fold_in(key, index)
+        noise_key, time_key, text_key = jax.random.split(sample_key, 3)
         noise = jax.random.normal(noise_key, (repeats, *x_Wfhwc.shape), jnp.float32)
         sampler = flow.TIME_SAMPLERS[config.time_sampling]
         u_RW = sampler(time_key, (repeats, x_Wfhwc.shape[0]))
-        return Draws(noise, u_RW, jax.random.bernoulli(text_key, config.drop_text_prob))
+        drop_text = jax.random.bernoulli(text_key, config.drop_text_prob)
+        return Draws(noise, u_RW, drop_text, _draw_context(sample_key, x_Wfhwc, config))
 
     return jax.vmap(one)(first_sample + jnp.arange(chunks.shape[0]), chunks)
+
+
+def _draw_context(
+    sample_key: jax.Array, x_Wfhwc: jax.Array, config: ObjectiveConfig
+) -> Context | None:
+    """The context's draws of one sample. A key of its own: all other draws are as without it."""
+    if config.context_noise == 0:
+        return None
+    noise_key, time_key = jax.random.split(jax.random.fold_in(sample_key, _CONTEXT_KEY))
+    noise = jax.random.normal(noise_key, x_Wfhwc[1:].shape, jnp.float32)
+    maxval = jnp.float32(config.context_noise)
+    return Context(noise, jax.random.uniform(time_key, noise.shape[:1], jnp.float32, 0, maxval))
 
 
 def build_sequence(chunks: jax.Array, draws: Draws, shift: float, layout: SequenceLayout):
@@ -114,9 +147,13 @@ def build_sequence(chunks: jax.Array, draws: Draws, shift: float, layout: Sequen
     """
     t_BRW = flow.shift_time(draws.u_BRW, shift)
     noisy = flow.add_noise(chunks[:, None], draws.noise, t_BRW)
-    timestep_BW = jnp.zeros(chunks.shape[:2], jnp.float32)
-    x = pack(noisy, chunks, layout)
-    return x, pack(flow.MODEL_TIME_SCALE * t_BRW, timestep_BW, layout)
+    clean, t_BW = chunks[:, : layout.num_clean], jnp.zeros(chunks.shape[:2], jnp.float32)
+    if draws.context is not None:
+        t_BW = draws.context.t_BW
+        clean = flow.add_noise(clean, draws.context.noise, t_BW)
+    x = pack(noisy, clean, layout)
+    timestep_BRW, timestep_BW = (flow.MODEL_TIME_SCALE * t for t in (t_BRW, t_BW))
+    return x, pack(timestep_BRW, timestep_BW, layout)
 
 
 def loss_from_prediction(

@@ -125,7 +125,10 @@ def test_unknown_keys_and_wrong_types_are_named(key, value, message):
         ("objective.frames_per_chunk", 0),
         ("objective.time_sampling", "normal"),
         ("objective.drop_text_prob", 1.5),
+        ("objective.context_noise", 1.0),
+        ("sample.context_noise", -0.5),
         ("model.mixer", "mamba"),
+        ("model.gla.head_dim", 1000),
         ("model.remat", "some"),
         ("model.dtype", "float16"),
         ("model.num_heads", 7),
@@ -139,6 +142,15 @@ def test_values_out_of_range_are_named_with_their_key(key, value):
     message = str(raised.value)
     group, name = key.split(".")[-2:]
     assert group in message and f"{name}={value!r}" in message
+
+
+def test_sampling_with_more_context_noise_than_in_training():
+    config = default()
+    config.sample.context_noise = 0.2
+    with pytest.raises(ValueError, match=r"sample\.context_noise=0\.2 is over objective"):
+        parse(config)
+    config.objective.context_noise = 0.2
+    assert parse(config).sample.context_noise == 0.2
 
 
 def test_a_batch_that_accumulation_does_not_divide():

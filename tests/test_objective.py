@@ -102,20 +102,69 @@ def test_clean_chunks_are_the_data_at_time_zero(repeats):
     assert len(np.unique(want)) == want.size  # every copy has its own time
 
 
-def test_draws_of_a_sample_do_not_depend_on_its_batch():
+@pytest.mark.parametrize("context_noise", [0.0, 0.2])
+def test_draws_of_a_sample_do_not_depend_on_its_batch(context_noise):
     chunks = split_chunks(random_batch(8)[0], F)
-    objective = config(num_repeat=2, drop_text_prob=0.5)
+    objective = config(num_repeat=2, drop_text_prob=0.5, context_noise=context_noise)
     key = jax.random.key(1)
     whole = draw(key, chunks, objective)
     for size in (1, 3):
         part = draw(key, chunks[:size], objective)
-        for mine, all_of_them in zip(part, whole, strict=True):
+        pairs = zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True)
+        for mine, all_of_them in pairs:
             assert np.array_equal(mine, all_of_them[:size])
     assert whole.noise.shape == (8, 2, *chunks.shape[1:])
     assert len(np.unique(whole.noise)) > 0.99 * whole.noise.size
     assert len(np.unique(whole.u_BRW)) == whole.u_BRW.size
     other = draw(jax.random.key(2), chunks, objective)
     assert not np.any(other.u_BRW == whole.u_BRW)
+
+
+# Noise on context chunks.
+
+
+def test_context_noise_changes_no_other_draw():
+    chunks, key = split_chunks(random_batch()[0], F), jax.random.key(4)
+    off, on = (draw(key, chunks, config(context_noise=level)) for level in (0.0, 0.3))
+    assert off.context is None and on.context is not None
+    for name in ("noise", "u_BRW", "drop_text_B"):
+        assert np.array_equal(getattr(off, name), getattr(on, name))
+    assert not np.any(np.isin(on.context.noise, on.noise))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_context_chunks_are_noised_and_the_model_is_told_how_much(repeats):
+    batch = random_batch()
+    loss, given, draws = run(config(num_repeat=repeats, context_noise=0.3), batch)
+    chunks, context = np.asarray(split_chunks(batch[0], F), np.float64), draws.context
+    clean = given.layout.clean
+    assert np.array_equal(given.timestep[:, clean], 1000 * context.t_BW)
+    for b in range(B):
+        for i in range(W - 1):
+            t = float(context.t_BW[b, i])
+            want = (1 - t) * chunks[b, i] + t * np.asarray(context.noise[b, i], np.float64)
+            assert relative_error(given.x[b, clean][i], want) < 1e-6
+    without_loss, without, _ = run(config(num_repeat=repeats), batch)
+    for part in (given.layout.first, given.layout.later):  # noise copies are as ever
+        assert np.array_equal(given.x[:, part], without.x[:, part])
+        assert np.array_equal(given.timestep[:, part], without.timestep[:, part])
+    assert np.array_equal(loss.loss, without_loss.loss)  # of a model without a memory
+
+
+def test_context_levels_are_uniform_up_to_the_highest():
+    latent, _ = random_batch(400)
+    context = draw(jax.random.key(3), split_chunks(latent, F), config(context_noise=0.3)).context
+    assert context.t_BW.shape == (400, W - 1) and len(np.unique(context.t_BW)) == 800
+    assert np.all((context.t_BW >= 0) & (context.t_BW < 0.3))
+    assert abs(float(context.t_BW.mean()) - 0.15) < 0.01
+    assert abs(float(context.t_BW.std()) - 0.3 * 12**-0.5) < 0.006
+    assert abs(float(context.noise.mean())) < 0.03 and abs(float(context.noise.std()) - 1) < 0.03
+
+
+def test_a_clip_of_one_chunk_has_no_context_to_noise():
+    loss, given, draws = run(config(context_noise=0.3), random_batch(chunks=1))
+    assert draws.context.t_BW.shape == (B, 0) and given.layout.length == 1
+    assert np.isfinite(loss.loss)
 
 
 def test_noise_is_standard_normal_and_time_uniform():
@@ -184,6 +233,7 @@ def test_frames_that_are_not_whole_chunks_are_refused():
         ({"drop_text_prob": 1.5}, r"objective\.drop_text_prob=1\.5"),
         ({"frames_per_chunk": 0}, r"objective\.frames_per_chunk=0"),
         ({"num_repeat": 0}, r"objective\.num_repeat=0"),
+        ({"context_noise": 1.0}, r"objective\.context_noise=1\.0"),
     ],
 )
 def test_bad_options_are_named(options, message):

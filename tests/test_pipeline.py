@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from run_fixtures import tiny_config
 
-from lact_jax.models.dit import DiT, abstract_params
+from lact_jax.diffusion.flow import add_noise
+from lact_jax.diffusion.sampler import chunk_noise, context_noise, solve_chunk
+from lact_jax.models.dit import DiT, abstract_params, bind
 from lact_jax.pipeline import Pipeline
 from lact_jax.trainer import make_parts
 
@@ -21,13 +23,17 @@ CONFIG = tiny_config()
 PROMPTS = ["a red circle", "a blue square moving left"]
 
 
-@pytest.fixture(scope="module")
-def params():
+def random_params(config) -> dict:
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32),
-        abstract_params(CONFIG.model),
+        abstract_params(config.model),
     )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
 
 
 _PIPELINES: dict = {}
@@ -90,6 +96,51 @@ def test_guidance_one_costs_one_branch_and_nothing_is_compiled_for_later_chunks(
     latents(sampler, PROMPTS, [0, 1])
     # Once for the first chunk, which has no window before it, and once for all others.
     assert denoised == committed == [rows, rows]
+
+
+@pytest.mark.filterwarnings("error")  # of buffers given away in vain, for one
+@pytest.mark.parametrize("mixer", ["full", "window", "gla"])
+def test_other_mixers_sample(monkeypatch, mixer):
+    """A cache that grows is compiled for at every length, others once without and once with it."""
+    denoised, committed = (record_batches(monkeypatch, name) for name in ("denoise", "commit"))
+    config = tiny_config(model__mixer=mixer, sample__num_latent_frames=12)
+    codec, text, _ = make_parts(config)
+    sampler = Pipeline(config, random_params(config), codec, text)
+    together = latents(sampler, PROMPTS, [0, 1])
+    assert together.shape[1] == 12 and np.isfinite(together).all()
+    lengths = {"full": (4, 3), "window": (2, 2), "gla": (2, 2)}[mixer]
+    assert (len(denoised), len(committed)) == lengths
+    assert error(latents(sampler, PROMPTS[1:], [1]), together[1:]) < 1e-5
+
+
+def test_finished_chunks_are_committed_with_the_noise_that_the_config_asks_for(params):
+    """The second chunk, once more by the model's own functions."""
+    level = 0.25
+    config = tiny_config(
+        sample__context_noise=level, objective__context_noise=0.3, sample__guidance_scale=1.0
+    )
+    codec, text, _ = make_parts(config)
+    sampler = Pipeline(config, params, codec, text)
+    first, second = (np.asarray(x) for x in sampler.latent_chunks(PROMPTS, [0, 1]))
+    clean = latents(pipeline(params, guidance_scale=1.0), PROMPTS, [0, 1])
+    assert np.array_equal(first, clean[:, :3])
+    assert error(second, clean[:, 3:]) > 1e-3
+
+    @jax.jit
+    def by_hand(params, first, text_BLQ):
+        model = bind(config.model, params)
+        text_kv = model.text_kv(text_BLQ)
+        noise = context_noise(config.sample.seed, [0, 1], 0, first.shape[1:])
+        context = add_noise(first, noise, jnp.float32(level))
+        cache = model.commit(context, text_kv, model.init_cache(2), 1000 * level)
+        start = chunk_noise(config.sample.seed, [0, 1], 1, first.shape[1:])
+        schedule = config.sample.schedule
+        return solve_chunk(
+            lambda x, t, cache: model.denoise(x, t, text_kv, cache),
+            start, cache, schedule, lambda *_: None, schedule.solver.step,
+        )  # fmt: skip
+
+    assert error(second, by_hand(params, first, text.encode(PROMPTS))) < 1e-4
 
 
 def test_guidance_pushes_away_from_the_negative_prompt(params):

@@ -320,16 +320,18 @@ class DiT(nnx.Module):
         out, _ = self._run(x_BFhwc[:, None], timestep_B[:, None], text_kv, cache.layers, mix)
         return out[:, 0]
 
-    def commit(self, x_BFhwc: jax.Array, text_kv: tuple, cache: Cache) -> Cache:
-        """Runs a finished chunk at t = 0 and takes it into the cache."""
+    def commit(
+        self, x_BFhwc: jax.Array, text_kv: tuple, cache: Cache, timestep: float = 0.0
+    ) -> Cache:
+        """Runs a finished chunk at `timestep` (0 for a clean one) and takes it into the cache."""
         angle_SP = self._next_angles(x_BFhwc, cache)
-        zero_BC = jnp.zeros((x_BFhwc.shape[0], 1), jnp.float32)
+        timestep_BC = jnp.full((x_BFhwc.shape[0], 1), timestep, jnp.float32)
 
         def mix(mixer, y_BCSD, layer_cache):
             y_BSD, layer_cache = mixer.commit(y_BCSD[:, 0], angle_SP, layer_cache)
             return y_BSD[:, None], layer_cache
 
-        _, layer_caches = self._run(x_BFhwc[:, None], zero_BC, text_kv, cache.layers, mix)
+        _, layer_caches = self._run(x_BFhwc[:, None], timestep_BC, text_kv, cache.layers, mix)
         return replace(cache, layers=layer_caches, num_committed=cache.num_committed + 1)
 
 

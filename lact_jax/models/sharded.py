@@ -153,12 +153,14 @@ class ShardedDiT:
             batch,
         )
 
-    def commit(self, x_BFhwc: jax.Array, text_kv: tuple, cache: Any) -> Any:
+    def commit(
+        self, x_BFhwc: jax.Array, text_kv: tuple, cache: Any, timestep: float = 0.0
+    ) -> Any:
         """See DiT.commit."""
         axes = parallel.batch_axes(x_BFhwc.shape[0])
         specs = self._model.cache_specs(axes)
         return self._run(
-            lambda model, *inputs: model.commit(*inputs),
+            lambda model, *inputs: model.commit(*inputs, timestep),
             (x_BFhwc, text_kv, cache),
             (PartitionSpec(axes), PartitionSpec(None, axes), specs),
             specs,

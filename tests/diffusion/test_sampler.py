@@ -18,7 +18,13 @@ from model_fixtures import (
 )
 from numpy_twins import relative_error
 
-from lact_jax.diffusion.sampler import SamplerConfig, chunk_noise, guide, sample_chunks
+from lact_jax.diffusion.sampler import (
+    SamplerConfig,
+    chunk_noise,
+    context_noise,
+    guide,
+    sample_chunks,
+)
 from lact_jax.diffusion.solvers import make_schedule
 
 SHAPE = (2, FRAMES, HEIGHT, WIDTH, CHANNELS)
@@ -105,6 +111,23 @@ def test_each_chunk_is_committed_once_when_the_next_is_asked_for():
     assert len(finished) == 3 and not events  # the last chunk is never committed
 
 
+def test_what_is_committed_is_the_finished_chunk_as_context():
+    seen = []
+
+    def logged_commit(x, cache):
+        seen.append(x)
+        return commit(x, cache)
+
+    schedule, noises = make_schedule("euler", 2, 3.0), chunks_of_noise(3)
+    sampled = sample_chunks(
+        denoise, logged_commit, (), iter(noises), schedule, as_context=lambda i, x: (i + 2) * x
+    )
+    finished = list(sampled)
+    assert len(seen) == 2
+    for i, x in enumerate(seen):
+        assert np.array_equal(x, (i + 2) * finished[i])
+
+
 def test_a_given_solver_step_takes_the_place_of_the_own_one():
     schedule = make_schedule("unipc", 3, 3.0)
     calls = []
@@ -183,6 +206,19 @@ def test_noise_of_a_prompt_depends_on_its_index_and_the_chunk_alone():
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
+def test_context_noise_of_a_prompt_is_its_own_and_not_that_of_its_chunks():
+    def noise(draw, indices, seed=0, chunk=0):
+        return np.asarray(draw(seed, indices, chunk, SHAPE[1:]))
+
+    three = noise(context_noise, [4, 0, 2])
+    for place, index in enumerate((4, 0, 2)):
+        assert np.array_equal(noise(context_noise, [index])[0], three[place])
+    others = [noise(context_noise, [4], chunk=1), noise(context_noise, [4], seed=1), three[1:]]
+    others += [noise(chunk_noise, range(6), chunk=chunk) for chunk in range(3)]
+    for other in others:
+        assert not np.any(np.isin(three[0], other))
+
+
 def test_config_makes_the_schedule_it_names():
     config = SamplerConfig(solver="dpm++", steps=7, shift=2.0)
     want = make_schedule("dpm++", 7, 2.0)
@@ -196,6 +232,7 @@ def test_config_makes_the_schedule_it_names():
         ({"solver": "heun"}, r"sample\.solver='heun'.*dpm\+\+.*euler.*unipc"),
         ({"steps": 0}, r"sample\.steps=0"),
         ({"shift": 0.0}, r"sample\.shift=0\.0"),
+        ({"context_noise": -0.1}, r"sample\.context_noise=-0\.1"),
     ],
 )
 def test_bad_options_are_named(options, message):
