@@ -5,22 +5,39 @@ tokens, Q text width, T video frames.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lact_jax.config import Config
-from lact_jax.diffusion.sampler import Progress, chunk_noise, guide, sample_chunks
+from lact_jax.diffusion.flow import MODEL_TIME_SCALE, add_noise
+from lact_jax.diffusion.sampler import (
+    Progress,
+    chunk_noise,
+    context_noise,
+    guide,
+    sample_chunks,
+)
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.models.dit import bind
+from lact_jax.sharding import make_mesh, on_mesh
+from lact_jax.sizes import check_shares
 
 
 class Pipeline:
-    """A model with its codec and text encoder, ready to sample. Functions are compiled once."""
+    """A model with its codec and text encoder, ready to sample. Functions are compiled once.
+
+    The devices of `config.mesh` share prompts over data and fsdp, where they divide (with guidance
+    there are two for each), and a clip's tokens over seq. Codec and text encoder use one device.
+    """
 
     def __init__(self, config: Config, params: dict, codec: VideoCodec, text: TextEncoder):
-        """`params` is the model's nested dict; raises ValueError where sizes don't fit."""
+        """`params` is the model's nested dict, cut over the mesh where that has more than one
+        device; raises ValueError where sizes don't fit."""
+        mesh = make_mesh(config.mesh)
+        check_shares(config, codec, mesh)
         sample, data, frames = config.sample, config.data, config.objective.frames_per_chunk
         if sample.num_latent_frames % frames:
             raise ValueError(
@@ -35,12 +52,18 @@ class Pipeline:
         self.num_chunks = sample.num_latent_frames // frames
         self._schedule = sample.schedule
         self._solve = jax.jit(self._schedule.solver.step)
-        self._text_kv = jax.jit(lambda params, text: bind(config.model, params).text_kv(text))
+        model = partial(bind, config.model)
+        self._text_kv = jax.jit(on_mesh(mesh, lambda params, text: model(params).text_kv(text)))
         self._init_cache = jax.jit(
-            lambda params, batch: bind(config.model, params).init_cache(batch), static_argnums=1
+            on_mesh(mesh, lambda params, batch: model(params).init_cache(batch)), static_argnums=1
         )
-        self._denoise = jax.jit(self._denoise_branches)
-        self._commit = jax.jit(self._commit_branches, donate_argnums=3)
+        self._denoise = jax.jit(on_mesh(mesh, self._denoise_branches))
+        # Full attention's cache grows: its old buffers are of no use for the new ones. Every length
+        # is a program of its own, which costs compilations and spares masks.
+        grows = any(mixer == "full" for mixer, _ in config.model.layer_specs)
+        self._commit = jax.jit(
+            on_mesh(mesh, self._commit_branches), donate_argnums=() if grows else 3
+        )
 
     # With guidance the batch is doubled, [text; negative]; each half has a cache of its own.
 
@@ -54,7 +77,18 @@ class Pipeline:
         return guide(velocity, sample.guidance_scale) if sample.guided else velocity
 
     def _commit_branches(self, params, text_kv, x, cache):
-        return bind(self.config.model, params).commit(self._branches(x), text_kv, cache)
+        timestep = MODEL_TIME_SCALE * self.config.sample.context_noise
+        return bind(self.config.model, params).commit(self._branches(x), text_kv, cache, timestep)
+
+    def _as_context(self, indices: Sequence[int]) -> Callable[[int, jax.Array], jax.Array]:
+        """What is committed of a finished chunk: itself, noised where the config says so."""
+        sample = self.config.sample
+
+        def noised(chunk, x):
+            noise = context_noise(sample.seed, indices, chunk, self.chunk_shape)
+            return add_noise(x, noise, jnp.float32(sample.context_noise))
+
+        return noised if sample.context_noise else lambda chunk, x: x
 
     def latent_chunks(
         self,
@@ -82,6 +116,7 @@ class Pipeline:
             self._schedule,
             progress,
             solver_step=self._solve,
+            as_context=self._as_context(indices),
         )
 
     def frame_chunks(self, prompts, indices, progress=None) -> Iterator[np.ndarray]:
@@ -90,5 +125,6 @@ class Pipeline:
         data = self.config.data
         carry = self.codec.init_decode(len(prompts), data.height, data.width)
         for latent in self.latent_chunks(prompts, indices, progress):
+            latent = jax.device_put(latent, jax.local_devices()[0])
             carry, frames = self.codec.decode_chunk(carry, latent)
             yield np.asarray(frames)
