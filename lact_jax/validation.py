@@ -25,7 +25,7 @@ from lact_jax.models.dit import bind
 from lact_jax.objective import Draws, build_sequence, split_chunks
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, unpack_noise
 from lact_jax.optim import merge
-from lact_jax.sharding import on_mesh
+from lact_jax.sharding import on_mesh, replicated
 from lact_jax.workdir import write_atomically
 
 NOISE_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
@@ -94,18 +94,18 @@ class Validator:
         config: Config,
         batches: Iterable[Mapping[str, Any]],
         encoder: BatchEncoder,
-        replicas: int,
-        replicated: jax.sharding.NamedSharding,
+        mesh: jax.sharding.Mesh,
+        together: int | None = None,
         fewer: bool = False,
     ):
         self._encoder = encoder
-        evaluate = on_mesh(replicated.mesh, make_evaluate(config))
-        self._evaluate = jax.jit(evaluate, out_shardings=replicated)
+        evaluate = on_mesh(mesh, make_evaluate(config))
+        self._evaluate = jax.jit(evaluate, out_shardings=replicated(mesh))
         processes = jax.process_count()
+        together = together or mesh.shape["data"] * mesh.shape["fsdp"]
         wanted = -(-config.validation.num_clips // processes)
         clips = _first_clips(batches, wanted)
-        together = max(replicas // processes, 1)
-        self._groups = list(_encoded_groups(clips, encoder, together))
+        self._groups = list(_encoded_groups(clips, encoder, max(together // processes, 1)))
         found = sum(len(numbers) for *_, numbers in self._groups)
         if found < wanted and not fewer:
             raise ValueError(
@@ -161,25 +161,23 @@ def _first_clips(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[d
 
 
 def _encoded_groups(clips: Iterable[Mapping[str, Any]], encoder: BatchEncoder, together: int):
-    """Yields (latent (B, …), text (B, …), numbers) in host memory; the last group's arrays are
-    padded to B with the last clip, so that one compiled program takes all."""
-    latents, texts, first = [], [], 0
+    """Yields (latent (B, …), text (B, …), numbers) in host memory, clips of one size together; the
+    arrays of what is left over are padded to B with the last clip, for the same compiled program.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray, int]]] = {}
 
-    def group():
-        missing = together - len(latents)
-        numbers = list(range(first, first + len(latents)))
-        padded = (np.concatenate(x + x[-1:] * missing) for x in (latents, texts))
-        return *padded, numbers
+    def group(members):
+        padded = members + members[-1:] * (together - len(members))
+        latent, text = (np.concatenate([clip[i] for clip in padded]) for i in range(2))
+        return latent, text, [number for *_, number in members]
 
-    for clip in clips:
-        latent, text = encoder.encode(clip)
-        latents.append(np.asarray(latent, np.float32))
-        texts.append(np.asarray(text, np.float32))
-        if len(latents) == together:
-            yield group()
-            latents, texts, first = [], [], first + together
-    if latents:
-        yield group()
+    for number, clip in enumerate(clips):
+        latent, text = (np.asarray(x, np.float32) for x in encoder.encode(clip))
+        members = waiting.setdefault(latent.shape, [])
+        members.append((latent, text, number))
+        if len(members) == together:
+            yield group(waiting.pop(latent.shape))
+    yield from (group(members) for members in waiting.values())
 
 
 def summary(loss_VW: np.ndarray, num_clips: int) -> dict[str, Any]:

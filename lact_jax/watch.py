@@ -15,7 +15,6 @@ from lact_jax.data import make_dataset
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.loop_samples import SHEET, LoopSampler
 from lact_jax.optim import merge
-from lact_jax.sharding import replicated
 from lact_jax.train_state import TrainState
 from lact_jax.training_log import Log
 from lact_jax.validation import Validator, summary, validation_config, write_heat_map
@@ -53,10 +52,7 @@ class Watch:
         self._validate = self._sample = None
         if self._options.every:
             clips = make_dataset(data, validation_config(config), codec, text, split="validation")
-            replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-            self._validate = Validator(
-                config, clips, encoder, replicas, replicated(mesh), fewer=debug
-            )
+            self._validate = Validator(config, clips, encoder, mesh, fewer=debug)
         if self._options.sample_every:
             self._sample = LoopSampler(config, codec, text, workdir, step)
 

@@ -16,7 +16,7 @@ from lact_jax.data import make_dataset
 from lact_jax.diffusion import flow
 from lact_jax.models.dit import bind, init_params
 from lact_jax.optim import split_trainable
-from lact_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from lact_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from lact_jax.validation import (
     NOISE_LEVELS,
     Validator,
@@ -93,14 +93,14 @@ def random_clips(count):
     )
 
 
-def make_validator(config, latents, texts, replicas=1, **options):
+def make_validator(config, latents, texts, **options):
     """A validator on these clips, which come in one batch."""
     codec = encoders.make_codec("pca")
     text = encoders.make_text_encoder("words", text_len=4, text_dim=8)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     encoder = BatchEncoder(codec, text, batch_sharding(mesh))
     batches = [{"latent": latents, "text": texts}]
-    return Validator(config, batches, encoder, replicas, replicated(mesh), **options)
+    return Validator(config, batches, encoder, mesh, **options)
 
 
 def test_it_is_the_loss_of_each_chunk_denoised_behind_its_clean_past(
@@ -127,7 +127,7 @@ def test_a_clip_does_not_depend_on_those_beside_it_nor_on_the_padding(
     config, weights, clips, validator
 ):
     alone = validator(*weights)
-    pairs = make_validator(config, *clips, replicas=2)
+    pairs = make_validator(config, *clips, together=2)
     assert relative_error(pairs(*weights), alone) < 1e-6
     evaluate, (latents, texts) = pairs._evaluate, clips
     same = [x[:1].repeat(2, axis=0) for x in (latents, texts)]
@@ -140,6 +140,20 @@ def test_too_few_clips_are_an_error_but_for_debugging(config):
     with pytest.raises(ValueError, match=r"num_clips=3, but .* has 2 clips: hold out more"):
         make_validator(config, latents, texts)
     assert make_validator(config, latents, texts, fewer=True).num_clips == 2
+
+
+def test_clips_of_several_sizes_are_taken_by_size(config, weights, clips, validator):
+    latents, texts = clips
+    wide = random_clips(1)[0].repeat(2, axis=3)
+    batches = [
+        {"latent": latents[:1], "text": texts[:1]},
+        {"latent": wide, "text": texts[3:4]},
+        {"latent": latents[2:3], "text": texts[2:3]},
+    ]
+    mixed = Validator(config, batches, validator._encoder, make_mesh(MeshConfig()), together=2)
+    assert [numbers for *_, numbers in mixed._groups] == [[0, 2], [1]]
+    assert [latent.shape[:4] for latent, *_ in mixed._groups] == [(2, 6, 4, 4), (2, 6, 4, 8)]
+    np.testing.assert_array_equal(mixed._groups[0][0], latents[[0, 2]])
 
 
 def test_it_stops_between_clips(weights, validator):
