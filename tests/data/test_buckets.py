@@ -1,14 +1,18 @@
 import collections
 import json
+import types
 
 import numpy as np
 import odd_videos
 import pytest
 from odd_videos import RED, pictures, write
+from run_fixtures import quick_train, tiny_config
 
-from lact_jax.data import video_folder
+from lact_jax.data import make_dataset, video_folder
 from lact_jax.data.buckets import Order, check_buckets, nearest
+from lact_jax.run_logging import read_metrics
 
+CODEC = types.SimpleNamespace(temporal_stride=4, spatial_stride=8)
 WIDE, SQUARE, TALL = (16, 32), (16, 16), (32, 16)
 
 
@@ -142,3 +146,21 @@ def test_validation_is_one_pass_over_whole_batches(folder):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="8 validation clips don't fill a batch of 5 of one b"):
         video_folder.make(options(folder, split="validation", batch_size=5))
+
+
+def test_a_run_over_buckets_trains_on_each_size(tmp_path):
+    buckets = ((32, 32), WIDE)  # the first is the size of the other tests' runs
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number, (height, width) in enumerate(buckets):
+        write(videos / f"{number}.mp4", pictures(25, height, width), fps=16)
+        (videos / f"{number}.txt").write_text(f"clip {number}")
+    config = tiny_config(
+        videos, data__name="video_folder", data__options={}, data__buckets=buckets,
+        data__random_crop_time=True, train__steps=2,
+    )  # fmt: skip
+    drawn = take(iter(make_dataset("video_folder", config, CODEC, None)), 2)
+    assert {batch["frames"].shape[2:4] for batch in drawn} == set(buckets)
+    assert quick_train(config, tmp_path / "run") == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 2 and all(np.isfinite(row["loss"]) and not row["skipped"] for row in rows)
