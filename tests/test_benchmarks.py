@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
         ("umt5", ["--repeats=1"], ["seconds", "TFLOP", "error against float32 matmuls"]),
         ("vae", ["--repeats=1"], ["encode TFLOP", "decode TFLOP", "decode error of bfloat16"]),
         ("vae_convolutions", ["--small"], []),
+        ("loader", ["--batches=3", "--steps=2"], ["raw clips/s", "cached share of waiting"]),
         ("sampling", ["--chunks=3", "--steps=1"], ["ms per guided denoise step", "ms per commit"]),
     ],
 )
