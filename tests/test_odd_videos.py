@@ -1,5 +1,6 @@
 """Files as they are found in the wild come out as a player shows them."""
 
+import contextlib
 import logging
 from fractions import Fraction
 
@@ -150,3 +151,46 @@ def test_where_a_crop_cuts(tmp_path):
     for right, left in [(0, 0), (0.25, 16), (0.5, 32), (1, 64)]:
         read = read_video(path, height=32, width=32, crop=(0.7, right))
         np.testing.assert_array_equal(read, whole[:, :, left : left + 32])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_anywhere_leaves_a_clip_or_a_video_error(tmp_path, kind):
+    data = KINDS[kind](tmp_path / kind, pictures(20)).read_bytes()
+    damaged = tmp_path / f"damaged_{kind}"
+    rng = np.random.default_rng(list(kind.encode()))
+    ways = {
+        "cut": lambda x: x[: rng.integers(len(x))],
+        "hole": lambda x: x[: (at := rng.integers(len(x)))] + bytes(200) + x[at + 200 :],
+        "bits": lambda x: bytes(np.where(rng.random(len(x)) < 0.01, rng.integers(0, 256, len(x)),
+                                         np.frombuffer(x, np.uint8)).astype(np.uint8)),
+    }  # fmt: skip
+    for number in range(9):
+        damaged.write_bytes(list(ways.values())[number % 3](data))
+        with contextlib.suppress(VideoError):
+            assert probe_video(damaged).path == damaged
+        with contextlib.suppress(VideoError):
+            read = read_video(damaged, fps=FPS, start=3, num_frames=9, height=16, width=16)
+            assert read.shape == (9, 16, 16, 3)
+        with contextlib.suppress(VideoError):
+            assert read_video(damaged, fps=FPS, num_frames=2).shape[0] == 2
+
+
+@pytest.mark.parametrize("codec", [b"xyz1", b"none"])
+def test_a_codec_that_nobody_knows(tmp_path, codec):
+    path = write(tmp_path / "a.mp4", pictures(3))
+    data = path.read_bytes()
+    assert data.count(b"avc1") >= 1
+    path.write_bytes(data.replace(b"avc1", codec))
+    for read in (probe_video, read_video):
+        with pytest.raises(VideoError, match="a.mp4: its video is in a codec"):
+            read(path)
+
+
+def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(tmp_path):
+    path = tmp_path / "a.mkv"
+    first = write(tmp_path / "first.h264", pictures(4, 32, 48))
+    second = write(tmp_path / "second.h264", pictures(8, 64, 96)[4:])
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    read = read_video(path, fps=FPS)
+    assert read.shape[1:] == (32, 48, 3)
+    assert_red_corner(read, 8, 12)

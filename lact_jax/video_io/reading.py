@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +40,7 @@ _UNREADABLE = "can't be read as a video, it is cut off or of another type"
 _TIMESTAMP = {"avi": "dts"}
 # Titles come in any encoding and nobody needs them. PyAV 19 reads them all, and dropped the option.
 _ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+\.\d+)")
 # Quarter turns counterclockwise -> what `_orientation` returns.
 _TURNS = ((False, False, False), (True, True, False), (False, True, True), (True, False, True))
 
@@ -151,6 +153,7 @@ def read_video(
             while (start + len(frames)) * step + _LATE_S < until and len(frames) != most:
                 if image is None:
                     image = _to_rgb(shown, scaler, _pixel_aspect(stream), size, crop)
+                    size = image.shape[:2]  # some streams change theirs on the way
                 frames.append(image)
             if len(frames) == most:
                 break
@@ -182,6 +185,8 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
                     f"{path}: no video stream but {', '.join(kinds)}; "
                     "an audio file under a video's name?"
                 )
+            if streams[0].codec_context is None:
+                raise VideoError(f"{path}: its video is in a codec that FFmpeg doesn't know here")
             yield container, streams[0]
     except av.FFmpegError as error:
         raise VideoError(f"{path}: {_UNREADABLE} ({error.strerror or error})") from error
@@ -211,9 +216,9 @@ def _duration(container, stream) -> Fraction | None:
         return stream.duration * stream.time_base
     # Matroska and WebM say when the file ends, counted from 0; a track's own end is a tag.
     begin = (stream.start_time or 0) * stream.time_base
-    if tag := stream.metadata.get("DURATION"):
-        hours, minutes, seconds = tag.strip("\0").split(":")
-        return Fraction(seconds) + 60 * int(minutes) + 3600 * int(hours) - begin
+    if tag := _DURATION_TAG.match(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(Fraction, tag.groups())
+        return 3600 * hours + 60 * minutes + seconds - begin
     end = container.duration
     return None if end is None else Fraction(end, av.time_base) - begin
 
