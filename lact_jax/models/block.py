@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lact_jax.models.full_attention import FullAttention
 from lact_jax.models.gla import GatedLinearAttention
@@ -86,7 +87,8 @@ class Block(nnx.Module):
         y = self.cross_attn(y, text_kv)
         x_BCSD = x_BCSD + rearrange(y, "b (c s) d -> b c s d", c=chunks).astype(jnp.float32)
         y = (layer_norm(x_BCSD, self.eps) * (1 + scale2) + shift2).astype(self.dtype)
-        return x_BCSD + gate2 * self.ffn(y), aux
+        y = checkpoint_name(self.ffn(y), "ffn")
+        return x_BCSD + gate2 * y, aux
 
 
 class Head(nnx.Module):

@@ -26,7 +26,7 @@ from lact_jax.models.lact import LaCTConfig
 from lact_jax.models.layers import MLP, gelu_tanh, linear
 from lact_jax.models.sharded import ShardedDiT
 from lact_jax.ops import parallel
-from lact_jax.ops.rope import rope_angles
+from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout
 
 # What the backward pass finds saved instead of computing it again.
@@ -43,6 +43,10 @@ REMAT_POLICIES = {
     "full": _POLICIES.nothing_saveable,
     "attention": _POLICIES.save_from_both_policies(
         _POLICIES.save_only_these_names("attention"), _is_attention
+    ),
+    # All that is dear to compute but the wide FFN activations, which are dear to keep.
+    "selective": _POLICIES.save_from_both_policies(
+        _POLICIES.save_only_these_names("attention", "qkv", "fast_weights", "ffn"), _is_attention
     ),
     "dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
@@ -205,12 +209,12 @@ class DiT(nnx.Module):
         e0 = self.time_projection(jax.nn.silu(e))
         return e, rearrange(e0, "b c (six d) -> b c six d", six=6)
 
-    def _angles(self, frame_CF: jax.Array, latent_hw: tuple[int, int]) -> jax.Array:
+    def _rotations(self, frame_CF: jax.Array, latent_hw: tuple[int, int]) -> jax.Array:
         frames, height, width = self.config.patch_size
         head_dim = self.config.dim // self.config.num_heads
         grid = latent_hw[0] // height, latent_hw[1] // width
-        angle_CSP = rope_angles(frame_CF[:, ::frames] // frames, *grid, head_dim)
-        return parallel.own_tokens(angle_CSP, axis=1)
+        rotation_CSP2 = rope_rotations(frame_CF[:, ::frames] // frames, *grid, head_dim)
+        return parallel.own_tokens(rotation_CSP2, axis=1)
 
     def _run(self, x_BCFhwc, timestep_BC, text_kv, extra, mix):
         """Embeds, runs the blocks and projects back. `mix(mixer, y, extra_of_layer)`."""
@@ -276,10 +280,10 @@ class DiT(nnx.Module):
           The velocity, shaped like x, float32, and statistics: name -> (num_layers,) float32,
           NaN where a layer's mixer does not have the statistic.
         """
-        angle_CSP = self._angles(frame_CF, x_BCFhwc.shape[3:5])
+        rotation_CSP2 = self._rotations(frame_CF, x_BCFhwc.shape[3:5])
 
         def mix(mixer, y, _):
-            return mixer.sequence(y, angle_CSP, layout)
+            return mixer.sequence(y, rotation_CSP2, layout)
 
         nothing = (None,) * self.config.period
         out, stats = self._run(x_BCFhwc, timestep_BC, self.text_kv(text_BLQ), nothing, mix)
@@ -303,19 +307,19 @@ class DiT(nnx.Module):
         stacked = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
         return Cache(stacked, PartitionSpec())
 
-    def _next_angles(self, x_BFhwc, cache):
+    def _next_rotations(self, x_BFhwc, cache):
         frames = x_BFhwc.shape[1]
         frame_F = cache.num_committed * frames + jnp.arange(frames, dtype=jnp.int32)
-        return self._angles(frame_F[None], x_BFhwc.shape[2:4])[0]
+        return self._rotations(frame_F[None], x_BFhwc.shape[2:4])[0]
 
     def denoise(
         self, x_BFhwc: jax.Array, timestep_B: jax.Array, text_kv: tuple, cache: Cache
     ) -> jax.Array:
         """Velocity of a noisy chunk that follows the committed ones, shaped like x."""
-        angle_SP = self._next_angles(x_BFhwc, cache)
+        rotation_SP2 = self._next_rotations(x_BFhwc, cache)
 
         def mix(mixer, y_BCSD, layer_cache):
-            return mixer.denoise(y_BCSD[:, 0], angle_SP, layer_cache)[:, None], None
+            return mixer.denoise(y_BCSD[:, 0], rotation_SP2, layer_cache)[:, None], None
 
         out, _ = self._run(x_BFhwc[:, None], timestep_B[:, None], text_kv, cache.layers, mix)
         return out[:, 0]
@@ -324,11 +328,11 @@ class DiT(nnx.Module):
         self, x_BFhwc: jax.Array, text_kv: tuple, cache: Cache, timestep: float = 0.0
     ) -> Cache:
         """Runs a finished chunk at `timestep` (0 for a clean one) and takes it into the cache."""
-        angle_SP = self._next_angles(x_BFhwc, cache)
+        rotation_SP2 = self._next_rotations(x_BFhwc, cache)
         timestep_BC = jnp.full((x_BFhwc.shape[0], 1), timestep, jnp.float32)
 
         def mix(mixer, y_BCSD, layer_cache):
-            y_BSD, layer_cache = mixer.commit(y_BCSD[:, 0], angle_SP, layer_cache)
+            y_BSD, layer_cache = mixer.commit(y_BCSD[:, 0], rotation_SP2, layer_cache)
             return y_BSD[:, None], layer_cache
 
         _, layer_caches = self._run(x_BFhwc[:, None], timestep_BC, text_kv, cache.layers, mix)

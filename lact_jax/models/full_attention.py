@@ -27,10 +27,10 @@ class FullAttention(QKVO):
         del options
         super().__init__(config.dim, config.num_heads, config.eps, dtype=config.dtype, rngs=rngs)
 
-    def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
+    def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py. Each step of the loop has exactly its keys, so no mask is needed."""
         o_BCSNK, _ = attend_to_whole_chunks(
-            partial(_attend_to_clean, layout=layout), *self.rotated(x_BCSD, angle_CSP)
+            partial(_attend_to_clean, layout=layout), *self.rotated(x_BCSD, rotation_CSP2)
         )
         return self.o(rearrange(o_BCSNK, "b c s n k -> b c s (n k)")), {}
 
@@ -42,13 +42,13 @@ class FullAttention(QKVO):
         """See mixer.py."""
         return self.past_specs(batch_axes)
 
-    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues) -> jax.Array:
+    def denoise(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: KeyValues) -> jax.Array:
         """See mixer.py."""
-        return self.commit(x_BSD, angle_SP, cache)[0]
+        return self.commit(x_BSD, rotation_SP2, cache)[0]
 
-    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues):
+    def commit(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: KeyValues):
         """See mixer.py."""
-        q, k, v = (y[:, 0] for y in self.rotated(x_BSD[:, None], angle_SP[None]))
+        q, k, v = (y[:, 0] for y in self.rotated(x_BSD[:, None], rotation_SP2[None]))
         o_BSNK, past = attend_with_past(q, k, v, cache)
         return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), past
 

@@ -97,13 +97,13 @@ class GatedLinearAttention(QKVO):
         """(..., S, N, K) to heads of the state (..., M, S, E)."""
         return jnp.swapaxes(x_SNK.reshape(*x_SNK.shape[:-2], self.num_state_heads, -1), -3, -2)
 
-    def _state_qk(self, x_CSNK: jax.Array, angle_CSP: jax.Array, column: int) -> jax.Array:
+    def _state_qk(self, x_CSNK: jax.Array, rotation_CSP2: jax.Array, column: int) -> jax.Array:
         """q (column 0) or k (column 1) of the state, from q or k before RoPE: (..., C, M, S, E)."""
         scale, offset = (
             p[...][:, column].reshape(self.num_heads, self.head_dim)
             for p in (self.qk_scale, self.qk_offset)
         )
-        y = self._regroup(apply_rope(x_CSNK.astype(jnp.float32) * scale + offset, angle_CSP))
+        y = self._regroup(apply_rope(x_CSNK.astype(jnp.float32) * scale + offset, rotation_CSP2))
         if self.config.qk_l2_norm:
             y = y / (l2_norm(y) + L2_EPS)
         return y.astype(x_CSNK.dtype)
@@ -134,11 +134,11 @@ class GatedLinearAttention(QKVO):
 
     # Teacher-forced training.
 
-    def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
+    def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
         q, k, v = self.project(x_BCSD)
-        o_state, state, decay = self._state_sequence(x_BCSD, q, k, v, angle_CSP, layout)
-        q, k = apply_rope(q, angle_CSP), apply_rope(k, angle_CSP)
+        o_state, state, decay = self._state_sequence(x_BCSD, q, k, v, rotation_CSP2, layout)
+        q, k = apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2)
         o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
         y_BCSD = self._merge(x_BCSD, o_state, o_window)
         stats = {
@@ -151,14 +151,14 @@ class GatedLinearAttention(QKVO):
         }
         return y_BCSD, stats
 
-    def _state_sequence(self, x, q, k, v, angle_CSP, layout):
+    def _state_sequence(self, x, q, k, v, rotation_CSP2, layout):
         """(output of every chunk (B, C, M, S, E), the final state, the decay of clean chunks)."""
         clean, repeat = layout.clean, layout.num_repeat
         initial = self._initial(x.shape[0])
-        q_state = self._state_qk(q, angle_CSP, 0)
+        q_state = self._state_qk(q, rotation_CSP2, 0)
         decay = self._decay(x[:, clean])
         writes = (
-            self._state_qk(k[:, clean], angle_CSP[clean], 1), self._regroup(v[:, clean]), decay,
+            self._state_qk(k[:, clean], rotation_CSP2[clean], 1), self._regroup(v[:, clean]), decay,
         )  # fmt: skip
         chunks = gated_linear.Chunk(*(jnp.swapaxes(y, 0, 1) for y in writes))
         q_first = rearrange(q_state[:, layout.first], "b r m s e -> b m (r s) e")
@@ -183,21 +183,21 @@ class GatedLinearAttention(QKVO):
         """See mixer.py."""
         return GLACache(PartitionSpec(batch_axes), self.past_specs(batch_axes))
 
-    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: GLACache) -> jax.Array:
+    def denoise(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: GLACache) -> jax.Array:
         """See mixer.py."""
         q, k, v = self.project(x_BSD)
-        o_state = gated_linear.read(cache.state_BMEE, self._state_qk(q, angle_SP[None], 0))
-        q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
+        o_state = gated_linear.read(cache.state_BMEE, self._state_qk(q, rotation_SP2[None], 0))
+        q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         return self._merge(x_BSD, o_state, attend_with_past(q, k, v, cache.past)[0])
 
-    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: GLACache):
+    def commit(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: GLACache):
         """See mixer.py."""
         q, k, v = self.project(x_BSD)
         chunk = gated_linear.Chunk(
-            self._state_qk(k, angle_SP[None], 1), self._regroup(v), self._decay(x_BSD)
+            self._state_qk(k, rotation_SP2[None], 1), self._regroup(v), self._decay(x_BSD)
         )
         state_BMEE = gated_linear.update(cache.state_BMEE, chunk)
-        o_state = gated_linear.read(state_BMEE, self._state_qk(q, angle_SP[None], 0))
-        q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
+        o_state = gated_linear.read(state_BMEE, self._state_qk(q, rotation_SP2[None], 0))
+        q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)
         return self._merge(x_BSD, o_state, o_window), GLACache(state_BMEE, past)

@@ -149,12 +149,12 @@ class LaCT(QKVO):
             y = jax.nn.silu(y)
         return y.astype(x.dtype)
 
-    def _fast_qk(self, x_CSNK: jax.Array, angle_CSP: jax.Array, column: int) -> jax.Array:
+    def _fast_qk(self, x_CSNK: jax.Array, rotation_CSP2: jax.Array, column: int) -> jax.Array:
         """Fast q (column 0) or k (column 1) from q or k before RoPE: (..., C, M, S, E)."""
         scale = self.qk_scale[...][:, column].reshape(self.num_heads, self.head_dim)
         offset = self.qk_offset[...][:, column].reshape(self.num_heads, self.head_dim)
         y = (x_CSNK.astype(jnp.float32) * scale + offset).astype(x_CSNK.dtype)
-        return self._activate(self._regroup(apply_rope(y, angle_CSP)), use_l2=True)
+        return self._activate(self._regroup(apply_rope(y, rotation_CSP2)), use_l2=True)
 
     def _fast_v(self, v_CSNK: jax.Array) -> jax.Array:
         return self._activate(self._regroup(v_CSNK), use_l2=False)
@@ -188,11 +188,11 @@ class LaCT(QKVO):
 
     # Teacher-forced training.
 
-    def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
+    def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
         q, k, v = self.project(x_BCSD)
-        o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, angle_CSP, layout)
-        q, k = apply_rope(q, angle_CSP), apply_rope(k, angle_CSP)
+        o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, rotation_CSP2, layout)
+        q, k = apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2)
         o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
         y_BCSD = self._merge(x_BCSD, o_fast, o_window)
         stats = fast_stats | {
@@ -202,16 +202,16 @@ class LaCT(QKVO):
         }
         return y_BCSD, stats
 
-    def _fast_sequence(self, x, q, k, v, angle_CSP, layout):
+    def _fast_sequence(self, x, q, k, v, rotation_CSP2, layout):
         """Fast output of every chunk (B, C, M, S, E), and the statistics of REFERENCE.md 4."""
         batch, clean, repeat = x.shape[0], layout.clean, layout.num_repeat
         initial = self._initial_weights(batch)
-        q_fast = self._fast_qk(q, angle_CSP, 0)
+        q_fast = self._fast_qk(q, rotation_CSP2, 0)
         lr = self._learning_rates(x)
         by_chunk = _leading_chunk_axis
         momentum = self._momentum(x[:, clean])
         chunks = fw.Chunk(
-            by_chunk(self._fast_qk(k[:, clean], angle_CSP[clean], 1)),
+            by_chunk(self._fast_qk(k[:, clean], rotation_CSP2[clean], 1)),
             by_chunk(self._fast_v(v[:, clean])),
             by_chunk(lr[:, clean]),
             None if momentum is None else by_chunk(momentum),
@@ -251,27 +251,27 @@ class LaCT(QKVO):
         """See mixer.py. Every device that shares a clip's tokens has all of its fast weights."""
         return LaCTCache(PartitionSpec(batch_axes), self.past_specs(batch_axes))
 
-    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: LaCTCache) -> jax.Array:
+    def denoise(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: LaCTCache) -> jax.Array:
         """See mixer.py."""
         q, k, v = self.project(x_BSD)
-        q_fast = self._fast_qk(q, angle_SP[None], 0)
+        q_fast = self._fast_qk(q, rotation_SP2[None], 0)
         o_fast = fw.read(cache.fast.weights, q_fast)
-        q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
+        q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         return self._merge(x_BSD, o_fast, attend_with_past(q, k, v, cache.past)[0])
 
-    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: LaCTCache):
+    def commit(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: LaCTCache):
         """See mixer.py."""
         q, k, v = self.project(x_BSD)
         chunk = fw.Chunk(
-            self._fast_qk(k, angle_SP[None], 1),
+            self._fast_qk(k, rotation_SP2[None], 1),
             self._fast_v(v),
             self._learning_rates(x_BSD),
             self._momentum(x_BSD),
         )
         initial = self._initial_weights(x_BSD.shape[0])
         fast = fw.update(cache.fast, chunk, initial, self.config.rule)
-        o_fast = fw.read(fast.weights, self._fast_qk(q, angle_SP[None], 0))
-        q, k = apply_rope(q, angle_SP[None]), apply_rope(k, angle_SP[None])
+        o_fast = fw.read(fast.weights, self._fast_qk(q, rotation_SP2[None], 0))
+        q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)
         return self._merge(x_BSD, o_fast, o_window), LaCTCache(fast, past)
 

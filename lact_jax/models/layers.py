@@ -4,7 +4,7 @@ Letters: B batch, C chunks, F latent frames of a chunk, h, w latent height and w
 S tokens of a chunk, D width.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,27 @@ def project_float32(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     For narrow outputs whose nonlinearity would feel the rounding of a bfloat16 result.
     """
     kernel = layer.kernel[...].astype(x.dtype)
-    y = jnp.matmul(
-        x, kernel, precision=layer.precision, preferred_element_type=jnp.float32
-    )
-    return y + layer.bias[...]
+    return _matmul_to_float32(x, kernel) + layer.bias[...]
+
+
+@jax.custom_vjp
+def _matmul_to_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    precision = matmul_precision(x.dtype)
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _matmul_to_float32_fwd(x, kernel):
+    return _matmul_to_float32(x, kernel), (x, kernel)
+
+
+def _matmul_to_float32_bwd(residuals, grad):
+    # The cotangent arrives in float32; unless it is cast, x is copied to float32 to meet it.
+    dtype = residuals[0].dtype
+    _, transpose = jax.vjp(partial(jnp.matmul, precision=matmul_precision(dtype)), *residuals)
+    return transpose(grad.astype(dtype))
+
+
+_matmul_to_float32.defvjp(_matmul_to_float32_fwd, _matmul_to_float32_bwd)
 
 
 class RMSNorm(nnx.Module):

@@ -1,13 +1,13 @@
 """What every sequence mixer (the self-attention of a block) shares: projections and the contract.
 
 A mixer is an nnx.Module with four methods. Activations are (B, C, S, D): batch, chunks, tokens of
-a chunk, width. `angle_CSP` are RoPE angles.
+a chunk, width. `rotation_CSP2` are those of RoPE (`ops.rope.rope_rotations`).
 
-    sequence(x_BCSD, angle_CSP, layout) -> (y_BCSD, stats)     teacher-forced training sequence
-    init_cache(batch) -> cache                                 nothing committed yet
-    denoise(x_BSD, angle_SP, cache) -> y_BSD                   a noisy chunk reads the cache
-    commit(x_BSD, angle_SP, cache) -> (y_BSD, cache)           a clean chunk joins it
-    cache_specs(batch_axes) -> PartitionSpecs                  how a mesh cuts the cache
+    sequence(x_BCSD, rotation_CSP2, layout) -> (y_BCSD, stats)  teacher-forced training sequence
+    init_cache(batch) -> cache                                  nothing committed yet
+    denoise(x_BSD, rotation_SP2, cache) -> y_BSD                a noisy chunk reads the cache
+    commit(x_BSD, rotation_SP2, cache) -> (y_BSD, cache)        a clean chunk joins it
+    cache_specs(batch_axes) -> PartitionSpecs                   how a mesh cuts the cache
 
 On a mesh each device has some of the clips and of every chunk's tokens: a mixer that mixes tokens
 other than by the functions below asks ops/parallel.py for what it lacks.
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lact_jax.models.layers import RMSNorm, linear
@@ -46,13 +47,14 @@ class QKVO(nnx.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v of (..., S, D) as heads (..., S, N, K), before RoPE."""
-        qkv = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = checkpoint_name((self.q(x), self.k(x), self.v(x)), "qkv")
+        qkv = self.norm_q(q), self.norm_k(k), v
         return tuple(rearrange(y, "... (n k) -> ... n k", n=self.num_heads) for y in qkv)
 
-    def rotated(self, x: jax.Array, angle_CSP: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rotated(self, x: jax.Array, rotation_CSP2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `project`, q and k after RoPE."""
         q, k, v = self.project(x)
-        return apply_rope(q, angle_CSP), apply_rope(k, angle_CSP), v
+        return apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2), v
 
     def no_past(self, batch: int) -> "KeyValues":
         """Keys and values before the first chunk."""

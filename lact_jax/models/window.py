@@ -29,9 +29,9 @@ class WindowAttention(QKVO):
         super().__init__(config.dim, config.num_heads, config.eps, dtype=config.dtype, rngs=rngs)
         self.kv_cache_size = options.kv_cache_size
 
-    def sequence(self, x_BCSD: jax.Array, angle_CSP: jax.Array, layout: SequenceLayout):
+    def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
-        q, k, v = self.rotated(x_BCSD, angle_CSP)
+        q, k, v = self.rotated(x_BCSD, rotation_CSP2)
         o_BCSNK = window_attention(q, k, v, layout, self.kv_cache_size)
         o_BCSD = rearrange(o_BCSNK, "b c s n k -> b c s (n k)")
         y_BCSD = self.o(o_BCSD)
@@ -45,14 +45,14 @@ class WindowAttention(QKVO):
         """See mixer.py."""
         return self.past_specs(batch_axes)
 
-    def denoise(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues) -> jax.Array:
+    def denoise(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: KeyValues) -> jax.Array:
         """See mixer.py."""
-        o_BSNK, _ = attend_with_past(*self.rotated(x_BSD, angle_SP[None]), cache)
+        o_BSNK, _ = attend_with_past(*self.rotated(x_BSD, rotation_SP2[None]), cache)
         return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)"))
 
-    def commit(self, x_BSD: jax.Array, angle_SP: jax.Array, cache: KeyValues):
+    def commit(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: KeyValues):
         """See mixer.py."""
         del cache  # it holds the chunk before, which this one takes the place of
-        q, k, v = self.rotated(x_BSD, angle_SP[None])
+        q, k, v = self.rotated(x_BSD, rotation_SP2[None])
         o_BSNK, past = attend_and_keep(q, k, v, self.kv_cache_size)
         return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), past

@@ -29,4 +29,5 @@ def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array
     exact = matmul_precision(q_BSNK.dtype) is not None
     with jax.default_matmul_precision("highest" if exact else "default"):
         o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
-    return checkpoint_name(o_BSNK, "attention")
+    # cuDNN's output is saved by its primitive, with what its backward pass needs.
+    return o_BSNK if backend == "cudnn" else checkpoint_name(o_BSNK, "attention")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lact_jax.ops.numerics import l2_norm, matmul_precision
 from lact_jax.ops.parallel import sum_over_tokens
@@ -198,9 +199,15 @@ def scan_chunks(
       The final state and one output (C, B, M, T, E) for each stream.
     """
 
-    def body(state, inputs):
+    # The backward pass computes a chunk again from its inputs and the weights before it: keeping
+    # the float32 hidden activations of every chunk costs more time in copies.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(state, inputs):
         chunk, queries = inputs
         state = update(state, chunk, initial, rule)
         return state, tuple(read(state.weights, q_BMTE) for q_BMTE in queries)
+
+    def body(state, inputs):
+        return checkpoint_name(step(state, inputs), "fast_weights")
 
     return jax.lax.scan(body, initial_state(initial, rule), (chunks_C, queries_C))

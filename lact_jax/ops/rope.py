@@ -21,8 +21,8 @@ def _frequencies(pairs: int) -> np.ndarray:
     return THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
-def rope_angles(frame_CF: jax.Array, height: int, width: int, head_dim: int) -> jax.Array:
-    """Angles in radians of every token: (C, S, P) float32.
+def rope_rotations(frame_CF: jax.Array, height: int, width: int, head_dim: int) -> jax.Array:
+    """Cosine and sine of every token's angles: (C, S, P, 2) float32. All layers share them.
 
     Args:
       frame_CF: latent frame index of every frame of every chunk.
@@ -43,13 +43,14 @@ def rope_angles(frame_CF: jax.Array, height: int, width: int, head_dim: int) -> 
         angle = position.astype(jnp.float32)[..., None] * frequency_P
         parts.append(jnp.broadcast_to(angle, (chunks, frames, height, width, pairs)))
     angle_CFhwP = jnp.concatenate(parts, axis=-1)
-    return angle_CFhwP.reshape(chunks, frames * height * width, head_dim // 2)
+    angle_CSP = angle_CFhwP.reshape(chunks, frames * height * width, head_dim // 2)
+    return jnp.stack([jnp.cos(angle_CSP), jnp.sin(angle_CSP)], axis=-1)
 
 
-def apply_rope(x: jax.Array, angle: jax.Array) -> jax.Array:
-    """Rotates the interleaved pairs (x[2i], x[2i+1]) of (..., C, S, N, K) by (C, S, P) radians."""
+def apply_rope(x: jax.Array, rotation_CSP2: jax.Array) -> jax.Array:
+    """Rotates the interleaved pairs (x[2i], x[2i+1]) of (..., C, S, N, K) by `rope_rotations`."""
     pair = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pair[..., 0], pair[..., 1]
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    cos, sin = (rotation_CSP2[:, :, None, :, i] for i in range(2))
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)

@@ -12,7 +12,7 @@ from flax import nnx
 from model_fixtures import FRAMES, HEAD_DIM, HEIGHT, NUM_CHUNKS, TOKENS, WIDTH, randomise
 from numpy_twins import positions
 
-from lact_jax.ops.rope import rope_angles
+from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
 
 GRID = HEIGHT // 2, WIDTH // 2
@@ -37,14 +37,14 @@ def make_mixer(mixer, config, options):
     def sequence(params, noise_BRWSD, clean_BWSD):
         layout = SequenceLayout(noise_BRWSD.shape[2], noise_BRWSD.shape[1])
         frames = jnp.asarray(frame_positions(layout, FRAMES))
-        angle = rope_angles(frames, *GRID, HEAD_DIM)
+        angle = rope_rotations(frames, *GRID, HEAD_DIM)
         x = cast(pack(noise_BRWSD, clean_BWSD, layout))
         y, stats = bind(params).sequence(x, angle, layout)
         return (unpack_noise(y, layout), y[:, layout.clean]), stats
 
     def angle_of(chunk):
         frames = chunk * FRAMES + jnp.arange(FRAMES, dtype=jnp.int32)
-        return rope_angles(frames[None], *GRID, HEAD_DIM)[0]
+        return rope_rotations(frames[None], *GRID, HEAD_DIM)[0]
 
     return SimpleNamespace(
         params=randomise(nnx.to_pure_dict(state), np.random.default_rng(0)),

@@ -22,7 +22,7 @@ from numpy_twins import relative_error
 
 from lact_jax.models import layers
 from lact_jax.models.dit import DiT, DiTConfig, abstract_params, bind, init_params
-from lact_jax.ops.rope import rope_angles
+from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -144,7 +144,7 @@ def unstacked_sequence(config, params, x):
     frames = jnp.asarray(frame_positions(layout, FRAMES))
     tokens = pack(x.noise, x.clean, layout)
     shape = tokens.shape[2:5]
-    angle = rope_angles(frames, shape[1] // 2, shape[2] // 2, config.dim // config.num_heads)
+    angle = rope_rotations(frames, shape[1] // 2, shape[2] // 2, config.dim // config.num_heads)
     e = model.time_embedding(layers.timestep_embedding(t, config.freq_dim))
     e0 = model.time_projection(jax.nn.silu(e)).reshape(*e.shape[:2], 6, -1)
     text = jnp.pad(x.text, ((0, 0), (0, TEXT_LEN - x.text.shape[1]), (0, 0)))
@@ -195,7 +195,7 @@ def loss_and_gradients(config):
     return run(random_params(replace(config, remat="none")))
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "selective", "dots"])
 def test_recomputing_activations_changes_nothing(remat):
     loss, gradients = loss_and_gradients(DEFAULT)
     other_loss, other_gradients = loss_and_gradients(replace(DEFAULT, remat=remat))
@@ -328,7 +328,7 @@ def test_real_size_runs_abstractly():
     ("changes", "message"),
     [
         ({"mixer": "mamba"}, r"model\.mixer='mamba'.*full.*lact"),
-        ({"remat": "some"}, r"model\.remat='some'.*attention.*dots.*full.*none"),
+        ({"remat": "some"}, r"model\.remat='some'.*attention.*dots.*full.*none.*selective"),
         ({"dtype": "float16"}, r"model\.dtype='float16'"),
         ({"num_heads": 5}, r"model\.dim=48 over model\.num_heads=5"),
         ({"num_heads": 16}, r"model\.num_heads=16.*even"),

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from numpy_twins import positions, relative_error, rotate
 
-from lact_jax.ops.rope import apply_rope, rope_angles, split_pairs
+from lact_jax.ops.rope import apply_rope, rope_rotations, split_pairs
 
 HEIGHT, WIDTH, HEADS = 3, 4, 2
 
 
 def rope(x_SNK, frames):
     """RoPE of one chunk that holds these frames."""
-    angle = rope_angles(jnp.asarray([frames], jnp.int32), HEIGHT, WIDTH, x_SNK.shape[-1])
-    return apply_rope(jnp.asarray(x_SNK, jnp.float32)[None, None], angle)[0, 0]
+    rotation = rope_rotations(jnp.asarray([frames], jnp.int32), HEIGHT, WIDTH, x_SNK.shape[-1])
+    return apply_rope(jnp.asarray(x_SNK, jnp.float32)[None, None], rotation)[0, 0]
 
 
 def random_heads(seed, frames, head_dim):
@@ -43,8 +43,8 @@ def test_rope_multiplies_by_complex_numbers(head_dim, frames, tolerance):
 
 def test_chunks_and_batch_are_rotated_by_their_own_frames():
     x = np.random.default_rng(1).standard_normal((2, 2, HEIGHT * WIDTH, HEADS, 12))
-    angle = rope_angles(jnp.asarray([[4], [9]], jnp.int32), HEIGHT, WIDTH, 12)
-    got = apply_rope(jnp.asarray(x, jnp.float32), angle)
+    rotation = rope_rotations(jnp.asarray([[4], [9]], jnp.int32), HEIGHT, WIDTH, 12)
+    got = apply_rope(jnp.asarray(x, jnp.float32), rotation)
     want = [[rotate(x[b, c], positions((f,), HEIGHT, WIDTH)) for c, f in enumerate((4, 9))]
             for b in range(2)]  # fmt: skip
     assert relative_error(got, want) < 2e-6
@@ -66,8 +66,8 @@ def test_products_depend_on_the_distance_in_time_alone(shift):
 
 def test_rotation_keeps_type_and_length():
     x = jnp.asarray(random_heads(4, (7,), 16), jnp.bfloat16)
-    angle = rope_angles(jnp.asarray([[7]], jnp.int32), HEIGHT, WIDTH, 16)
-    rotated = apply_rope(x[None, None], angle)[0, 0]
+    rotation = rope_rotations(jnp.asarray([[7]], jnp.int32), HEIGHT, WIDTH, 16)
+    rotated = apply_rope(x[None, None], rotation)[0, 0]
     assert rotated.dtype == jnp.bfloat16
     want = rotate(np.asarray(x, np.float64), positions((7,), HEIGHT, WIDTH))
     assert relative_error(rotated, want) < 4e-3
