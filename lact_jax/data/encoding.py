@@ -12,12 +12,13 @@ width.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import ml_dtypes
@@ -161,11 +162,11 @@ def _encode_shards(
     for leftover in work.glob(f".writing-{process_index}-*"):  # of a run that was killed
         leftover.unlink()
     clips = [clip for shard in shards for clip in shard.clips]
-    decoded = iter(_decoding(clips, data)) if clips else iter(())
+    outcomes = _outcomes(clips, data, encode)
     with tqdm(total=len(clips), unit="clip", desc="encoding") as bar:
         for shard in shards:
             temporary = work / f".writing-{process_index}-{shard.name}"
-            report = _encode_shard(temporary, shard, decoded, data, encode, stop, bar)
+            report = _write_shard(temporary, len(shard.clips), outcomes, stop, bar)
             if report is None:
                 temporary.unlink()
                 return
@@ -174,55 +175,88 @@ def _encode_shards(
                 file.write_text(json.dumps(report) + "\n")
 
 
-def _decoding(clips: list[Clip], data: Any) -> grain.IterDataset:
-    """Frames (T, H, W, 3) of each clip, or the reason why there are none: its first frames and the
-    centre, whatever training on the videos themselves would draw."""
+class _Outcome(NamedTuple):
+    """What became of a clip: its record and size bucket, or the reason why it has none."""
 
+    name: str
+    record: bytes | None
+    bucket: int
+    reason: str
+
+
+def _outcomes(clips: list[Clip], data: Any, encode: _Encoder) -> Iterator[_Outcome]:
+    """Decodes ahead in threads and encodes when asked: each clip's first frames and its centre,
+    whatever training on the videos themselves would draw."""
     sizes = layout.sizes(data)
 
-    def read(clip: Clip) -> np.ndarray | str:
+    def read(clip: Clip) -> tuple[int, np.ndarray | str]:
         try:
             bucket = nearest(shown_size(clip.file), sizes) if len(sizes) > 1 else 0
             height, width = sizes[bucket]
-            return read_video(
+            return bucket, read_video(
                 clip.file, fps=data.fps, height=height, width=width, num_frames=data.num_frames
             )
         except VideoError as error:
-            return str(error)
+            return 0, str(error)
 
+    if not clips:
+        return
     threads = data.num_threads
-    return grain.MapDataset.source(clips).map(read).to_iter_dataset(
+    decoded = grain.MapDataset.source(clips).map(read).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )  # fmt: skip
+    for clip, (bucket, frames) in zip(clips, decoded, strict=True):
+        if isinstance(frames, str):
+            yield _Outcome(clip.name, None, bucket, frames)
+        else:
+            record = encode(clip, frames)
+            yield _Outcome(
+                clip.name, record, bucket, f"{clip.file}: its latent has NaN or infinity"
+            )
 
 
-def _encode_shard(
-    path: Path,
-    shard: Shard,
-    decoded: Iterator[np.ndarray | str],
-    data: Any,
-    encode: _Encoder,
-    stop: Callable[[], bool],
-    bar: tqdm,
+class _RecordFile:
+    """An ArrayRecord file of records that are read one by one.
+
+    Raises OSError where it can't be written, and then leaves none.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+
+    def write(self, record: bytes) -> None:
+        self._do(self._writer.write, record)
+
+    def close(self) -> None:
+        self._do(self._writer.close)
+
+    def _do(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except RuntimeError as error:  # of whatever kind the trouble is
+            self._path.unlink(missing_ok=True)
+            raise OSError(
+                f"{self._path} can't be written: {error}. Make room and run the same command "
+                "again; finished shards stay"
+            ) from error
+
+
+def _write_shard(
+    path: Path, count: int, outcomes: Iterator[_Outcome], stop: Callable[[], bool], bar: tqdm
 ) -> dict[str, Any] | None:
     """Writes the records. Returns what was kept, and why other clips were not; None if stopped."""
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    sizes = layout.sizes(data)
     kept, buckets, skipped = [], [], {}
-    try:
-        for clip in shard.clips:
+    with contextlib.closing(_RecordFile(path)) as file:
+        for _ in range(count):
             if stop():
                 return None
-            frames = next(decoded)
-            record = frames if isinstance(frames, str) else encode(clip, frames)
-            if isinstance(record, bytes):
-                writer.write(record)
-                kept.append(clip.name)
-                buckets.append(sizes.index(frames.shape[1:3]))
+            outcome = next(outcomes)
+            if outcome.record is None:
+                skipped[outcome.name] = outcome.reason
             else:
-                skipped[clip.name] = record or f"{clip.file}: its latent has NaN or infinity"
-            bar.set_postfix(shard=shard.name, skipped=len(skipped), refresh=False)
+                file.write(outcome.record)
+                kept.append(outcome.name)
+                buckets.append(outcome.bucket)
             bar.update()
-    finally:
-        writer.close()
     return {"kept": kept, "buckets": buckets, "skipped": skipped}

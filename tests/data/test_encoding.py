@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -168,6 +169,21 @@ def test_stopped_it_goes_on_without_encoding_again(videos, whole, tmp_path):
     codec = CountingCodec()
     assert encode(folder, videos, codec=codec) == json.loads((whole / SUMMARY).read_text())
     assert codec.clips == 0
+
+
+def test_a_full_disk_ends_in_a_message_and_leaves_the_shard_to_the_next_run(
+    videos, whole, tmp_path
+):
+    folder, before = tmp_path / "dataset", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"train-00000 can't be written: .*Make room"):
+            encode(folder, videos)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(folder.rglob("*train-00000*"))
+    assert encode(folder, videos) is not None
+    assert contents(folder) == contents(whole)
 
 
 # Sends itself a signal at the third clip.
