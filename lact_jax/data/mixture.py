@@ -28,9 +28,8 @@ import numpy as np
 from lact_jax.data.batch import process_share
 
 _WEIGHT = "weight"
-_MAY_SET = (
-    "name", "path", "options", "num_threads", "num_workers", "cache_in_memory", "holdout",
-)  # fmt: skip
+# What all clips of a batch share.
+_COMMON = {"num_frames", "height", "width", "fps", "buckets", "batch_size"}
 _TOLERANCE = 1e-6
 
 
@@ -49,19 +48,22 @@ def parts(data: Any) -> dict[str, tuple[float, Any]]:
             f"{where}: names no data set; give datasets={{'a': {{'name': …, 'path': …, "
             "'weight': …}, …}"
         )
+    known = {field.name for field in dataclasses.fields(data)} - _COMMON | {_WEIGHT}
     found = {}
     for key, changes in given.items():
         where_key = f"{where}: datasets.{key}"
         if not isinstance(changes, Mapping) or "name" not in changes:
             raise ValueError(f"{where_key}: must name a data set, such as {{'name': 'encoded', …}}")
-        if unknown := sorted(set(changes) - {_WEIGHT, *_MAY_SET}):
-            raise ValueError(
-                f"{where_key}: unknown {unknown}; it takes {sorted((_WEIGHT, *_MAY_SET))}"
-            )
+        if unknown := sorted(set(changes) - known):
+            raise ValueError(f"{where_key}: unknown {unknown}; it takes {sorted(known)}")
         weight = changes.get(_WEIGHT)
         if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
             raise ValueError(f"{where_key}.weight={weight!r}: must be a number above 0")
         changes = {"path": "", "options": {}} | {k: v for k, v in changes.items() if k != _WEIGHT}
+        for name, value in changes.items():
+            kind = Mapping if name == "options" else type(getattr(data, name))
+            if not isinstance(value, kind):
+                raise ValueError(f"{where_key}.{name}={value!r}: expected {kind.__name__}")
         found[key] = float(weight), dataclasses.replace(data, **changes)
     total = sum(weight for weight, _ in found.values())
     if abs(total - 1) > _TOLERANCE:
@@ -107,7 +109,7 @@ def from_config(
 
 
 def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Batches of one form, one after the other; ValueError where they are not of one form."""
+    """Batches of a clip each -> one batch; ValueError where they are not of one form."""
     forms = {tuple(sorted(batch)) for batch in batches}
     if len(forms) > 1:
         raise ValueError(
@@ -115,6 +117,11 @@ def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "mix videos with videos, and encoded clips with encoded ones"
         )
     first = batches[0]
+    if counts := [n for batch in batches if (n := len(next(iter(batch.values())))) != 1]:
+        raise ValueError(
+            f"a data set of the mixture gave a batch of {counts[0]} clips where data.batch_size "
+            "asked for one: it can't be mixed"
+        )
     return {
         key: np.concatenate([batch[key] for batch in batches])
         if isinstance(value, np.ndarray)

@@ -119,6 +119,8 @@ PART = {"name": "random", "weight": 1.0}
         ({"a": PART | {"name": "films"}}, r"datasets\.a: data\.name='films': unknown"),
         ({"a": PART | {"name": "encoded", "path": "nowhere"}}, r"datasets\.a: nowhere: not an"),
         ({"a": PART | {"num_threads": -1}}, r"num_threads=-1"),
+        ({"a": PART | {"path": 5}}, r"datasets\.a\.path=5: expected str"),
+        ({"a": PART | {"options": "none"}}, r"datasets\.a\.options='none': expected Mapping"),
     ],
 )
 def test_senseless_mixtures(datasets, message):
@@ -147,3 +149,5 @@ def test_videos_and_encoded_clips_do_not_mix(folders):
     with pytest.raises(ValueError, match="batches of different forms.*frames.*latent"):
         next(iter(make(config)))
     assert join([{"name": ["a"]}, {"name": ["b"]}]) == {"name": ["a", "b"]}
+    with pytest.raises(ValueError, match="gave a batch of 2 clips where data.batch_size asked for"):
+        join([{"name": ["a"]}, {"name": ["b", "c"]}])
