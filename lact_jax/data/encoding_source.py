@@ -25,6 +25,7 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """Of its files, while others are missing."""
         return f"{self.split}-{self.index:05d}"
 
 
