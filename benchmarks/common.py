@@ -45,6 +45,12 @@ def relative_error(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def largest_error(got, want) -> float:
+    """The largest relative error of any array of two trees."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return max(relative_error(jnp.asarray(a, jnp.float32), b) for a, b in pairs)
+
+
 def measured_matmul_rate(dtype, size: int = 8192) -> float:
     """FLOP/s of a square matmul on random data; the default size fills a large device."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))

@@ -64,7 +64,8 @@ def beside_transformers(config, params, ids, mask, ours, flops) -> dict:
     for row in rows(config, "diffusers"):
         leaf = flat[row.path] if row.layer is None else flat[row.path][row.layer]
         tensor = torch.from_dlpack(leaf).to(device)
-        state[row.torch_name] = tensor.mT.contiguous() if row.layout == TRANSPOSED else tensor.clone()
+        tensor = tensor.mT.contiguous() if row.layout == TRANSPOSED else tensor.clone()
+        state[row.torch_name] = tensor
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     peer.load_state_dict(state, assign=True)
     peer.to(getattr(torch, config.param_dtype)).eval()

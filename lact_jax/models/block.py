@@ -81,13 +81,16 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, i] for i in range(6))
         chunks = x_BCSD.shape[1]
         y = (layer_norm(x_BCSD, self.eps) * (1 + scale1) + shift1).astype(self.dtype)
-        y, aux = mix(self.self_attn, y)
+        with jax.named_scope("self_attention"):
+            y, aux = mix(self.self_attn, y)
         x_BCSD = x_BCSD + gate1 * y
         y = rearrange(self.norm3(x_BCSD).astype(self.dtype), "b c s d -> b (c s) d")
-        y = self.cross_attn(y, text_kv)
+        with jax.named_scope("cross_attention"):
+            y = self.cross_attn(y, text_kv)
         x_BCSD = x_BCSD + rearrange(y, "b (c s) d -> b c s d", c=chunks).astype(jnp.float32)
         y = (layer_norm(x_BCSD, self.eps) * (1 + scale2) + shift2).astype(self.dtype)
-        y = checkpoint_name(self.ffn(y), "ffn")
+        with jax.named_scope("ffn"):
+            y = checkpoint_name(self.ffn(y), "ffn")
         return x_BCSD + gate2 * y, aux
 
 

@@ -191,9 +191,11 @@ class LaCT(QKVO):
     def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
         q, k, v = self.project(x_BCSD)
-        o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, rotation_CSP2, layout)
+        with jax.named_scope("fast_weights"):
+            o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, rotation_CSP2, layout)
         q, k = apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2)
-        o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
+        with jax.named_scope("window_attention"):
+            o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
         y_BCSD = self._merge(x_BCSD, o_fast, o_window)
         stats = fast_stats | {
             "gate_mean": jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD))),

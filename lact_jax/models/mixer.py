@@ -51,7 +51,9 @@ class QKVO(nnx.Module):
         qkv = self.norm_q(q), self.norm_k(k), v
         return tuple(rearrange(y, "... (n k) -> ... n k", n=self.num_heads) for y in qkv)
 
-    def rotated(self, x: jax.Array, rotation_CSP2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rotated(
+        self, x: jax.Array, rotation_CSP2: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `project`, q and k after RoPE."""
         q, k, v = self.project(x)
         return apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2), v
