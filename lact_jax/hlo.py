@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast", "ragged-all-to-all",
@@ -26,7 +28,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
-_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_IOTA_GROUPS = re.compile(
+    r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+)
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
 
@@ -42,6 +46,7 @@ class Collective:
       in_scan: whether that runs inside a loop (a `lax.scan` over layers or chunks).
       times: how often it runs; loops whose number of turns XLA does not know count once.
       devices: how many take part together.
+      group: the places in the mesh, counted along its last axis first, of the first such devices.
       source: the name stack of the JAX operation it comes from; '' where XLA kept none.
     """
 
@@ -52,6 +57,7 @@ class Collective:
     in_scan: bool
     times: int
     devices: int
+    group: tuple[int, ...]
     source: str
 
 
@@ -65,18 +71,36 @@ def _arrays(hlo_type: str) -> list[tuple[int, str]]:
     return found
 
 
-def _group_size(line: str, partitions: int) -> int:
-    """Devices of one replica group, in each of the three ways in which XLA writes groups."""
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _mesh_group(sizes: str, names: str) -> np.ndarray:
+    """The first group over some axes of a mesh: sizes "'a'=2,'b'=4", names "'b'". Of an axis that
+    is split, 'b':(2)2 are the 2 after the first 2."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    ids = np.arange(math.prod(axes.values())).reshape(*axes.values())
+    named = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", names)}
+    for dim, (name, size) in enumerate(axes.items()):
+        before, own = (int(n or 1) for n in named.get(name, ("", "")))
+        if name in named and not named[name][1]:
+            own = size
+        step = size // before // own
+        ids = ids.take(range(0, own * step, step), axis=dim)
+    return ids.ravel()
+
+
+def _first_group(line: str, partitions: int) -> tuple[int, ...]:
+    """Devices of the first replica group, in each of the three ways in which XLA writes groups."""
     if found := _MESH_GROUPS.search(line):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        # An axis may be split: 'a':(2)4 are 4 of its devices.
-        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[name]) for name, part in named)
+        return tuple(_mesh_group(found[1], found[2]).tolist())
     if found := _IOTA_GROUPS.search(line):
-        return int(found[2])
+        ids = np.arange(int(found[1]) * int(found[2])).reshape(_numbers(found[3]))
+        ids = ids.transpose(_numbers(found[4])) if found[4] else ids
+        return tuple(ids.ravel()[: int(found[2])].tolist())
     if found := _LISTED_GROUPS.search(line):
-        return len(found[1].split(","))
-    return partitions
+        return tuple(_numbers(found[1]))
+    return tuple(range(partitions))
 
 
 class _Program:
@@ -150,7 +174,8 @@ def collectives(compiled_text: str) -> list[Collective]:
             kind = line[3].removesuffix("-start")
             if kind not in KINDS:
                 continue
-            devices = _group_size(line[0], program.partitions)
+            group = _first_group(line[0], program.partitions)
+            devices = len(group)
             if devices == 1:
                 continue
             operands = _operand_bytes(line, types)
@@ -160,7 +185,7 @@ def collectives(compiled_text: str) -> list[Collective]:
             found.append(
                 Collective(
                     kind, size, max(operands)[1], name, in_scan, times, devices,
-                    source[1] if source else "",
+                    group, source[1] if source else "",
                 )  # fmt: skip
             )
     return found
