@@ -194,3 +194,10 @@ def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(tmp_path):
     read = read_video(path, fps=FPS)
     assert read.shape[1:] == (32, 48, 3)
     assert_red_corner(read, 8, 12)
+
+
+def test_a_timestamp_that_jumps_is_damage(tmp_path):
+    path = write(tmp_path / "a.mkv", pictures(3), times_s=[0, 0.1, 4000], options={"bf": "0"})
+    assert len(read_video(path, fps=FPS, num_frames=1)) == 1
+    with pytest.raises(VideoError, match="a.mkv: a picture shown for 4000 s; are its timestamps"):
+        read_video(path, fps=FPS)

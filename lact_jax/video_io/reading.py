@@ -34,6 +34,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Containers round timestamps (Matroska to 1 ms): a picture this little late counts as on time.
 _LATE_S = Fraction(1, 1000)
+_LONGEST_S = 600  # that a single picture is believed to be shown
 _UNREADABLE = "can't be read as a video, it is cut off or of another type"
 # AVI knows the order in which pictures are decoded and no time to show them at. They leave the
 # decoder in the order of showing, and their decoding times are as evenly spaced.
@@ -265,11 +266,16 @@ def _pictures(path: Path, container, stream, begin: Fraction) -> Iterator:
     for frame, stamp in frames:
         time = held_time + frame_time if stamp is None else stamp - origin
         if held is not None:
+            if time - held_time > _LONGEST_S:
+                raise VideoError(
+                    f"{path}: a picture shown for {float(time - held_time):.0f} s; are its "
+                    "timestamps damaged?"
+                )
             yield held, time
         held, held_time = frame, time
     if held is not None:
-        lasting = Fraction(held.duration or 0) * (held.time_base or 0)
-        yield held, held_time + max(lasting or frame_time, 2 * _LATE_S)
+        lasting = Fraction(held.duration or 0) * (held.time_base or 0) or frame_time
+        yield held, held_time + min(max(lasting, 2 * _LATE_S), _LONGEST_S)
 
 
 def _from_key_frame(container, stream, origin: Fraction, begin: Fraction) -> Iterator:
