@@ -16,6 +16,7 @@ from lact_jax.loop_samples import LoopSampler, finished_steps
 from lact_jax.run_logging import read_metrics
 from lact_jax.trainer import make_parts
 from lact_jax.validation import Validator
+from lact_jax.video_io import read_video
 
 pytest_plugins = ["run_plugin"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -146,7 +147,7 @@ def test_ctrl_c_inside_a_clip_leaves_no_folder(tmp_path, monkeypatch):
     folder = sampler(2, {"grey": 200}, lambda: False)
     assert sampler.done(2) and folder == tmp_path / "samples" / "step_000002"
     clips = sampler.videos(folder)
-    assert list(clips) == list(PROMPTS) and imread(clips[PROMPTS[0]]).mean() > 190
+    assert list(clips) == list(PROMPTS) and read_video(clips[PROMPTS[0]]).mean() > 190
 
 
 def test_a_finished_run_is_not_watched_again(tmp_path, data_folder, watched_run, monkeypatch):
