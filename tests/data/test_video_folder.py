@@ -259,7 +259,9 @@ def test_datasets_by_name(folder, tmp_path):
     batches = iter(make_dataset("synthetic", synthetic, CODEC, TEXT))
     written = {"shapes_00000.mp4", "shapes_00001.mp4", "ring_00000.mp4"}
     assert set(names(take(batches, 2))) == written
-    assert set(DATASETS) == {"encoded", "mixture", "random", "synthetic", "video_folder"}
+    assert set(DATASETS) == {
+        "encoded", "mixture", "module", "random", "synthetic", "video_folder"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name, changes, match", [
