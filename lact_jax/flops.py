@@ -199,17 +199,36 @@ def _dot(equation) -> int:
     return 2 * math.prod(equation.outvars[0].aval.shape) * summed
 
 
-COUNTED = {"conv_general_dilated": _convolution, "dot_general": _dot}
+def _fused_attention(matmuls: int) -> Callable[..., int]:
+    """cuDNN's kernels: so many matmuls of every query with every key."""
+
+    def count(equation) -> int:
+        (batch, queries, heads, width), keys = (x.aval.shape for x in equation.invars[:2])
+        return matmuls * 2 * batch * heads * queries * keys[1] * width
+
+    return count
 
 
-def _count(jaxpr) -> int:
+# The backward kernel computes the scores again and the gradients of q, k, v and the probabilities.
+COUNTED = {
+    "conv_general_dilated": _convolution,
+    "dot_general": _dot,
+    "dot_product_attention_fwd_wrapper": _fused_attention(2),
+    "dot_product_attention_bwd_wrapper": _fused_attention(5),
+}
+
+
+def count_jaxpr_flops(jaxpr) -> int:
+    """FLOPs of what a `jax.extend.core.Jaxpr` computes: see `count_flops`. In a `jax.shard_map`
+    shapes are those of one device, and so are the FLOPs."""
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in COUNTED:
             total += COUNTED[name](equation)
         repeats = equation.params["length"] if name == "scan" else 1
-        total += repeats * sum(_count(inner) for inner in jaxprs_in_params(equation.params))
+        inner = map(count_jaxpr_flops, jaxprs_in_params(equation.params))
+        total += repeats * sum(inner)
     return total
 
 
@@ -219,4 +238,4 @@ def count_flops(function: Callable, *args) -> int:
     Arguments may be `jax.ShapeDtypeStruct`s; nothing is computed. A scan counts each of its steps;
     a while loop, whose number is not known, counts one.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return count_jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)

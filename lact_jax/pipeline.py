@@ -25,6 +25,26 @@ from lact_jax.models.dit import bind
 from lact_jax.sharding import make_mesh, on_mesh
 from lact_jax.sizes import check_shares
 
+# With guidance the batch is doubled, [text; negative]; each half has a cache of its own.
+
+
+def _branches(config: Config, x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, x]) if config.sample.guided else x
+
+
+def denoise_branches(config: Config, params, text_kv, x, timestep, cache) -> jax.Array:
+    """The (guided) velocity of a noisy chunk x (B, f, h, w, c) at timestep (B,), shaped like x."""
+    both = _branches(config, x), _branches(config, timestep)
+    velocity = bind(config.model, params).denoise(*both, text_kv, cache)
+    return guide(velocity, config.sample.guidance_scale) if config.sample.guided else velocity
+
+
+def commit_branches(config: Config, params, text_kv, x, cache):
+    """The cache after a finished chunk x (B, f, h, w, c), which all branches take in."""
+    timestep = MODEL_TIME_SCALE * config.sample.context_noise
+    model = bind(config.model, params)
+    return model.commit(_branches(config, x), text_kv, cache, timestep)
+
 
 class Pipeline:
     """A model with its codec and text encoder, ready to sample. Functions are compiled once.
@@ -57,28 +77,13 @@ class Pipeline:
         self._init_cache = jax.jit(
             on_mesh(mesh, lambda params, batch: model(params).init_cache(batch)), static_argnums=1
         )
-        self._denoise = jax.jit(on_mesh(mesh, self._denoise_branches))
+        self._denoise = jax.jit(on_mesh(mesh, partial(denoise_branches, config)))
         # Full attention's cache grows: its old buffers are of no use for the new ones. Every length
         # is a program of its own, which costs compilations and spares masks.
         grows = any(mixer == "full" for mixer, _ in config.model.layer_specs)
         self._commit = jax.jit(
-            on_mesh(mesh, self._commit_branches), donate_argnums=() if grows else 3
+            on_mesh(mesh, partial(commit_branches, config)), donate_argnums=() if grows else 3
         )
-
-    # With guidance the batch is doubled, [text; negative]; each half has a cache of its own.
-
-    def _branches(self, x):
-        return jnp.concatenate([x, x]) if self.config.sample.guided else x
-
-    def _denoise_branches(self, params, text_kv, x, timestep, cache):
-        model = bind(self.config.model, params)
-        velocity = model.denoise(self._branches(x), self._branches(timestep), text_kv, cache)
-        sample = self.config.sample
-        return guide(velocity, sample.guidance_scale) if sample.guided else velocity
-
-    def _commit_branches(self, params, text_kv, x, cache):
-        timestep = MODEL_TIME_SCALE * self.config.sample.context_noise
-        return bind(self.config.model, params).commit(self._branches(x), text_kv, cache, timestep)
 
     def _as_context(self, indices: Sequence[int]) -> Callable[[int, jax.Array], jax.Array]:
         """What is committed of a finished chunk: itself, noised where the config says so."""

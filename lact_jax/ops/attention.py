@@ -3,6 +3,10 @@
 Letters: B batch, S query tokens, T key tokens, N heads, K head width.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,6 +15,17 @@ from lact_jax.ops.numerics import matmul_precision
 
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 CUDNN_MAX_HEAD_DIM = 256
+_TARGET: ContextVar[str | None] = ContextVar("target platform", default=None)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """What is traced meanwhile is to be compiled for `platform`, whatever runs here."""
+    before = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(before)
 
 
 def choose_backend(platform: str, dtype, head_dim: int) -> str:
@@ -25,7 +40,8 @@ def choose_backend(platform: str, dtype, head_dim: int) -> str:
 
 def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
-    backend = choose_backend(jax.default_backend(), q_BSNK.dtype, q_BSNK.shape[-1])
+    platform = _TARGET.get() or jax.default_backend()
+    backend = choose_backend(platform, q_BSNK.dtype, q_BSNK.shape[-1])
     exact = matmul_precision(q_BSNK.dtype) is not None
     with jax.default_matmul_precision("highest" if exact else "default"):
         o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
