@@ -1,29 +1,27 @@
-"""The sharding table against every config's parameters, and eight devices against one.
+"""The sharding table against every config's parameters, and meshes that can not be made."""
 
-Run as a script it trains a few steps on one device and on a mesh of eight simulated ones.
-"""
-
-import dataclasses
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
-from run_fixtures import script_env, tiny_config
+from jax.sharding import AbstractMesh, PartitionSpec
+from run_fixtures import tiny_config
 
 from lact_jax import sharding
 from lact_jax.config import parse
 from lact_jax.models.dit import DiTConfig, abstract_params
 from lact_jax.models.lact import LaCTConfig
-from lact_jax.sharding import AXES, MeshConfig, make_mesh, spec_for, state_shardings
-from lact_jax.train_state import init_state, make_train_step
-from lact_jax.trainer import make_parts
+from lact_jax.sharding import (
+    AXES,
+    MeshConfig,
+    make_mesh,
+    on_mesh,
+    parameter_spec,
+    spec_for,
+    state_shardings,
+)
+from lact_jax.train_state import init_state
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(f.stem for f in (ROOT / "configs").glob("*.py") if not f.stem.startswith("_"))
@@ -52,10 +50,11 @@ def test_every_parameter_matches_one_row_of_its_rank(name):
         assert sum(keys[-len(row) :] == row for row in sharding.TABLE) == 1, keys
         spec = spec_for(keys, leaf.ndim)
         assert len(spec) in (0, leaf.ndim)
-        cut += leaf.size if "fsdp" in spec else 0
+        cut += leaf.size if any(spec) else 0
         if keys[0] == "blocks":  # layers are never cut: scan walks along them
             assert not spec or spec[0] is None
-    assert cut > 0.9 * sum(leaf.size for _, leaf in leaves)
+    least = 0.95 if model.dim > 100 else 0.75
+    assert cut > least * sum(leaf.size for _, leaf in leaves)
 
 
 def test_every_row_has_a_parameter():
@@ -72,7 +71,7 @@ def test_every_row_has_a_parameter():
     [
         (("blocks", "0", "self_attn", "w3"), 4, r"self_attn\.w3 must match one row.* none"),
         (("blocks", "0", "self_attn", "w0"), 3, r"self_attn\.w0 has 3 axes, its row 3"),
-        (("patch_embedding", "kernel"), 3, r"patch_embedding\.kernel has 3 axes, its row 2"),
+        (("time_projection", "kernel"), 3, r"time_projection\.kernel has 3 axes, its row 2"),
     ],
 )
 def test_a_parameter_that_does_not_fit_the_table_is_named(keys, ndim, message):
@@ -93,7 +92,7 @@ def test_a_parameter_that_matches_two_rows_is_named_with_both(monkeypatch):
         (MeshConfig(data=0), "sizes are positive"),
         (MeshConfig(data=3, fsdp=2), r"\(3, 2, 1\) needs 6 of 8 devices"),
         (MeshConfig(data=-1, fsdp=3), r"\(-1, 3, 1\) does not divide 8 devices"),
-        (MeshConfig(seq=2), "sequence sharding is not there yet"),
+        (MeshConfig(data=1, seq=-1, fsdp=5), r"\(1, 5, -1\) does not divide 8 devices"),
     ],
 )
 def test_meshes_that_can_not_be_made(mesh, message):
@@ -106,76 +105,34 @@ def test_one_device_gives_a_mesh_of_one():
     assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 1}
 
 
-def _train(config, devices):
-    """(losses, grad norms, parameters, moments, average) after three steps over the mesh."""
-    mesh = make_mesh(config.mesh, devices)
+@pytest.mark.parametrize(
+    ("shape", "size", "entry"),
+    [
+        ((8, 1, 1), 48, None),
+        ((1, 4, 2), 48, ("fsdp", "seq")),
+        ((1, 2, 4), 12, "seq"),  # 8 does not divide it: over the larger of the two
+        ((1, 4, 2), 6, "seq"),
+        ((1, 4, 2), 9, None),
+        ((1, 8, 1), 48, "fsdp"),
+    ],
+)
+def test_a_dimension_is_cut_as_far_as_the_mesh_divides_it(shape, size, entry):
+    keys = ("blocks", "0", "self_attn", "q", "kernel")
+    spec = parameter_spec(dict(zip(AXES, shape, strict=True)), keys, (2, size, 24))
+    assert spec == (PartitionSpec(None, entry, None) if entry else PartitionSpec())
+
+
+def test_moments_are_cut_like_their_parameters_and_the_step_is_whole():
+    config = tiny_config()
     abstract = jax.eval_shape(lambda: init_state(config))
-    shardings = state_shardings(mesh, abstract, abstract_params(config.model))
-    state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
-    whole = sharding.replicated(mesh)
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, whole))
-    seen = []
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        latent, text = rng.standard_normal((8, 6, 4, 4, 16)), rng.standard_normal((8, 4, 8))
-        placed = jax.device_put(
-            [latent.astype(np.float32), text.astype(np.float32)], sharding.batch_sharding(mesh)
-        )
-        empty = jax.device_put(jnp.zeros((4, 8), jnp.float32), whole)
-        state, metrics = step(state, *placed, empty)
-        seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    assert step._cache_size() == 1
-    return seen, state
-
-
-def _error(actual, expected) -> float:
-    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (actual, expected))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def _compare() -> None:
-    assert jax.device_count() == 8
-    # A large eps: with a small one Adam's first step is the gradient's sign, whatever its size.
-    config = tiny_config(data__batch_size=8, train__eps=1e-2)
-    mesh = MeshConfig(data=2, fsdp=4)
-    one, whole = _train(dataclasses.replace(config, mesh=MeshConfig()), jax.devices()[:1])
-    eight, cut = _train(dataclasses.replace(config, mesh=mesh), jax.devices())
-    errors = {
-        name: _error(jax.device_get(getattr(cut, name)), jax.device_get(getattr(whole, name)))
-        for name in ("params", "ema")
-    }
-    errors["opt_state"] = _error(*(jax.device_get(s.opt_state[1].mu) for s in (cut, whole)))
-    errors["metrics"] = float(np.max(np.abs(np.divide(eight, one) - 1)))
-    assert max(errors.values()) < 1e-5, errors
+    mesh = AbstractMesh((1, 2, 2), AXES)
+    cut = state_shardings(mesh, abstract, abstract_params(config.model))
     for tree in (cut.params, cut.ema, cut.opt_state[1].mu, cut.opt_state[1].nu):
         w0 = tree["blocks"]["0"]["self_attn"]["w0"]
-        assert w0.sharding.spec == PartitionSpec(None, None, "fsdp", None)
-        assert w0.addressable_shards[0].data.shape == (2, 2, 3, 12)
-    assert cut.step.sharding.spec == PartitionSpec()
-
-    for batch_size, accumulation in ((4, 1), (8, 2)):
-        small = tiny_config(
-            data__batch_size=batch_size, train__accumulation=accumulation,
-            mesh__data=2, mesh__fsdp=4,
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=r"4 clips at a time.* 8 devices"):
-            make_parts(small)
-    print(errors)
+        assert w0.spec == PartitionSpec(None, None, ("fsdp", "seq"), None)
+    assert cut.step.spec == PartitionSpec()
 
 
-def test_eight_devices_compute_what_one_does():
-    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    done = subprocess.run(
-        [sys.executable, __file__],
-        # Eight devices wait for one another in collectives: XLA must have threads for all of them.
-        env=script_env(XLA_FLAGS=flags, JAX_PLATFORMS="cpu", NPROC="128"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "params" in done.stdout
-
-
-if __name__ == "__main__":
-    _compare()
+def test_on_one_device_a_function_stays_what_it_is():
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    assert on_mesh(mesh, init_state) is init_state
