@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lact_jax.models.dit import DiTConfig, abstract_params, bind
+from lact_jax.models.gla import GLAConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
 
@@ -60,6 +61,9 @@ MODELS = {name: tiny(options) for name, options in LACT_OPTIONS.items()} | {
     "two sets cycled": tiny({"momentum": True}, {"kv_cache_size": 5, "qkv_silu": True}),
     "mixed": tiny({}, attn_every_n_layers=2),
     "full attention": tiny(mixer="full"),
+    "window alone": tiny({"kv_cache_size": 5}, mixer="window"),
+    "gated linear": tiny(mixer="gla"),
+    "gated linear in two heads": tiny({"kv_cache_size": 5}, mixer="gla", gla=GLAConfig(24)),
 }
 
 

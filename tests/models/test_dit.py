@@ -22,6 +22,7 @@ from numpy_twins import relative_error
 
 from lact_jax.models import layers
 from lact_jax.models.dit import DiT, DiTConfig, abstract_params, bind, init_params
+from lact_jax.models.gla import GLAConfig
 from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
 
@@ -68,8 +69,14 @@ def sample_of(x, b):
 # The layer's own tests go through every option; these are the ways to put layers together.
 CASES = [
     ("default", 1), ("momentum and muon", 2), ("two sets cycled", 1), ("two sets cycled", 2),
-    ("mixed", 2), ("full attention", 2),
+    ("mixed", 2), ("full attention", 1), ("full attention", 2), ("window alone", 1),
+    ("window alone", 2), ("gated linear", 1), ("gated linear in two heads", 2),
 ]  # fmt: skip
+# One of each mixer, and how many chunks a clean chunk reaches: a window knows the last one alone.
+REACH = {
+    "default": NUM_CHUNKS, "momentum and muon": NUM_CHUNKS, "mixed": NUM_CHUNKS,
+    "full attention": NUM_CHUNKS, "gated linear": NUM_CHUNKS, "window alone": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "repeats"), CASES)
@@ -92,7 +99,7 @@ def test_a_sample_does_not_feel_the_others():
     assert np.all(np.isnan(after[1]))
 
 
-@pytest.mark.parametrize("name", ["default", "momentum and muon", "mixed", "full attention"])
+@pytest.mark.parametrize("name", REACH)
 def test_clean_chunks_reach_later_chunks_only(name):
     """NaN spreads to everything that depends on it, whatever the weights are."""
     x = random_inputs(2, 2)
@@ -100,8 +107,10 @@ def test_clean_chunks_reach_later_chunks_only(name):
     for i in range(NUM_CHUNKS):
         x_spoiled = type(x)(**vars(x) | {"clean": x.clean.at[:, i].set(jnp.nan)})
         after, _ = run_sequence(MODELS[name], x_spoiled)
-        assert np.array_equal(after[:, :, : i + 1], before[:, :, : i + 1])
-        assert np.all(np.isnan(after[:, :, i + 1 :]))
+        reached = np.zeros(NUM_CHUNKS, bool)
+        reached[i + 1 : i + 1 + REACH[name]] = True
+        assert np.array_equal(after[:, :, ~reached], before[:, :, ~reached])
+        assert np.all(np.isnan(after[:, :, reached]))
 
 
 @pytest.mark.parametrize("name", ["default", "mixed"])
@@ -116,9 +125,15 @@ def test_noise_copies_see_no_other_noise_copy(name):
         assert np.array_equal(after, before)
 
 
-def test_loss_of_a_chunk_has_no_gradient_in_the_chunks_from_it_on():
+GRADIENTS = {"mixed": MIXED} | {
+    name: MODELS[name] for name in ("full attention", "window alone", "gated linear")
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_loss_of_a_chunk_has_no_gradient_in_the_chunks_from_it_on(name):
     """The clean copies of chunk i and later; those before it have one."""
-    config = MIXED
+    config = GRADIENTS[name]
     x, params = random_inputs(1, 1), random_params(config)
 
     @jax.jit
@@ -131,9 +146,10 @@ def test_loss_of_a_chunk_has_no_gradient_in_the_chunks_from_it_on():
 
     for i in range(NUM_CHUNKS):
         by_chunk = gradient(x.clean, jnp.int32(i))[0]
-        assert np.all(by_chunk[i:] == 0)
-        for earlier in by_chunk[:i]:
-            assert np.all(np.isfinite(earlier)) and np.all(earlier != 0)
+        first = max(i - REACH[name], 0)
+        assert np.all(by_chunk[i:] == 0) and np.all(by_chunk[:first] == 0)
+        for earlier in by_chunk[first:i]:
+            assert np.all(np.isfinite(earlier)) and np.any(earlier != 0)
 
 
 def unstacked_sequence(config, params, x):
@@ -161,9 +177,17 @@ def unstacked_sequence(config, params, x):
     return unpack_noise(out, layout), stats
 
 
-def test_scan_over_layers_is_a_loop_over_blocks():
+TWO_STACKS = {
+    "lact and full": MIXED,
+    "window": tiny({}, {"kv_cache_size": 5}, num_layers=4, mixer="window"),
+    "gated linear": tiny({}, {"o_norm": False}, num_layers=4, mixer="gla"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_STACKS)
+def test_scan_over_layers_is_a_loop_over_blocks(name):
     """Two stacks of two layers, so that both the scan and the period have an order to get wrong."""
-    config = MIXED
+    config = TWO_STACKS[name]
     x = random_inputs(2, 1)
     scanned, stats = run_sequence(config, x)
     plain = jax.jit(lambda params, x: unstacked_sequence(config, params, type_of_x(**x)))
@@ -195,10 +219,15 @@ def loss_and_gradients(config):
     return run(random_params(replace(config, remat="none")))
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "selective", "dots"])
-def test_recomputing_activations_changes_nothing(remat):
-    loss, gradients = loss_and_gradients(DEFAULT)
-    other_loss, other_gradients = loss_and_gradients(replace(DEFAULT, remat=remat))
+REMATS = [("default", remat) for remat in ("full", "attention", "selective", "dots")]
+REMATS += [(name, "full") for name in ("full attention", "window alone", "gated linear")]
+
+
+@pytest.mark.parametrize(("name", "remat"), REMATS)
+def test_recomputing_activations_changes_nothing(name, remat):
+    config = MODELS[name]
+    loss, gradients = loss_and_gradients(config)
+    other_loss, other_gradients = loss_and_gradients(replace(config, remat=remat))
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(gradients), strict=True)
     for path, got, want in zip(paths, jax.tree.leaves(other_gradients), leaves, strict=True):
@@ -327,7 +356,8 @@ def test_real_size_runs_abstractly():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixer": "mamba"}, r"model\.mixer='mamba'.*full.*lact"),
+        ({"mixer": "mamba"}, r"model\.mixer='mamba'.*full.*gla.*lact.*window"),
+        ({"gla": GLAConfig(head_dim=36)}, r"model\.gla\.head_dim=36 .* model\.dim=48"),
         ({"remat": "some"}, r"model\.remat='some'.*attention.*dots.*full.*none.*selective"),
         ({"dtype": "float16"}, r"model\.dtype='float16'"),
         ({"num_heads": 5}, r"model\.dim=48 over model\.num_heads=5"),
