@@ -1,0 +1,1 @@
+"""Experiments: what the parts of the model are worth, measured."""

@@ -1,0 +1,137 @@
+"""The tables and the plot of `lact_jax.experiments.memory`, and the file that they are made from.
+
+Letters: G seeds, V noise levels, W chunks.
+"""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lact_jax.config import Config
+from lact_jax.validation import NOISE_LEVELS
+from lact_jax.workdir import write_atomically
+
+RESULTS, TABLE, PLOT = "results.json", "table.md", "loss_by_chunk.png"
+REFERENCE = "window"
+SHOWN_LEVELS = (0.95, 0.75, 0.55)
+# Chunks whose view has not been seen, one that continues to be new, and those seen before.
+NEW, SEEN_AGAIN = slice(0, 2), slice(3, None)
+VARIANT_PREFIX = "lact: "
+
+
+def _part(config: Config) -> dict[str, Any]:
+    """What of a config decides a row, as JSON gives it back."""
+    sections = {n: dataclasses.asdict(getattr(config, n)) for n in ("model", "objective", "train")}
+    return json.loads(json.dumps(sections | {"batch_size": config.data.batch_size}))
+
+
+class Report:
+    """The rows of a folder: read at the start, written again after each new one.
+
+    Raises:
+      ValueError: the folder's results are of other seeds, or damaged.
+    """
+
+    def __init__(self, folder: Path, seeds: tuple[int, ...]):
+        self._folder, self._seeds = folder, seeds
+        self._rows: dict[str, dict[str, Any]] = {}
+        file = folder / RESULTS
+        if file.exists():
+            try:
+                content = json.loads(file.read_text())
+                found, self._rows = content["seeds"], content["rows"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} is damaged ({error!r}): delete it") from error
+            if found != list(seeds):
+                raise ValueError(
+                    f"{file} is of seeds {found}, not {list(seeds)}: give another --out"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, name: str, config: Config) -> bool:
+        """Whether there is a row of this name and config."""
+        return name in self._rows and self._rows[name]["config"] == _part(config)
+
+    def add(self, name: str, changes: dict, config: Config, row: dict[str, Any]) -> None:
+        """Takes a row, with its `loss` (G, V, W), and writes all files."""
+        self._rows[name] = row | {"changes": changes, "config": _part(config)}
+        content = {"seeds": self._seeds, "noise_levels": NOISE_LEVELS, "rows": self._rows}
+        write_atomically(self._folder / RESULTS, json.dumps(content, indent=1) + "\n")
+        write_atomically(self._folder / TABLE, self.table() + "\n")
+        png = io.BytesIO()
+        self.plot().savefig(png, dpi=130)
+        write_atomically(self._folder / PLOT, png.getvalue())
+
+    def losses(self, name: str, level: float) -> np.ndarray:
+        """By seed and chunk: (G, W)."""
+        return np.asarray(self._rows[name]["loss"], np.float64)[:, NOISE_LEVELS.index(level)]
+
+    def table(self) -> str:
+        """Markdown: all rows at the highest noise, then loss by chunk at SHOWN_LEVELS."""
+        chunks = self.losses(next(iter(self._rows)), SHOWN_LEVELS[0]).shape[1]
+        level, last = SHOWN_LEVELS[0], chunks - 1
+        lines = [
+            f"Validation loss at noise {level}: mean ± standard deviation over "
+            f"{len(self._seeds)} seeds.",
+            "",
+            f"| model | parameters | memory of a layer | chunks 0–1 | chunk 2 | chunks 3–{last} | "
+            f"chunks 0–1 to {REFERENCE} | chunks 3–{last} to {REFERENCE} | updates skipped |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(self._line(name, level) for name in self._rows),
+        ]
+        for level in SHOWN_LEVELS:
+            lines += ["", f"Loss by chunk at noise {level}:", ""]
+            lines += ["| model | " + " | ".join(str(i) for i in range(chunks)) + " |"]
+            lines += ["|---" * (chunks + 1) + "|"]
+            for name in self._rows:
+                cells = [_spread(loss_G) for loss_G in self.losses(name, level).T]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def _line(self, name: str, level: float) -> str:
+        row, loss_GW = self._rows[name], self.losses(name, level)
+        parts = [loss_GW[:, NEW].mean(1), loss_GW[:, 2], loss_GW[:, SEEN_AGAIN].mean(1)]
+        ratios = ["", ""]
+        if REFERENCE in self._rows:
+            reference_GW = self.losses(REFERENCE, level)
+            ratios = [
+                f"{loss_GW[:, part].mean() / reference_GW[:, part].mean() - 1:+.1%}"
+                for part in (NEW, SEEN_AGAIN)
+            ]
+        cells = [name, f"{row['parameters']:,}", f"{row['memory']:,}", *map(_spread, parts)]
+        return "| " + " | ".join([*cells, *ratios, str(row["skipped"])]) + " |"
+
+    def plot(self):
+        """A matplotlib figure: loss by chunk of every mixer, and of lact's variants beside it."""
+        # Imported here: it takes half a second.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        variants = [n for n in self._rows if n.startswith(VARIANT_PREFIX)]
+        mixers = [n for n in self._rows if n not in variants]
+        panels = [("mixers", mixers)]
+        if variants:
+            panels.append(("variants of lact", [*mixers[:2], *variants]))
+        figure = Figure(figsize=(7.5 * len(panels), 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
+                                        strict=True):  # fmt: skip
+            for name in names:
+                loss_GW = self.losses(name, SHOWN_LEVELS[0])
+                mean_W, std_W = loss_GW.mean(0), loss_GW.std(0)
+                label = name.removeprefix(VARIANT_PREFIX)
+                (line,) = axes.plot(mean_W, marker="o", label=label)
+                spread = mean_W - std_W, mean_W + std_W
+                axes.fill_between(range(len(mean_W)), *spread, alpha=0.2, color=line.get_color())
+            axes.set(xlabel="chunk", ylabel=f"validation loss at noise {SHOWN_LEVELS[0]}",
+                     title=title)  # fmt: skip
+            axes.legend(fontsize=8)
+        return figure
+
+
+def _spread(values_G: np.ndarray) -> str:
+    return f"{values_G.mean():.3f} ± {values_G.std():.3f}"
