@@ -9,6 +9,7 @@ from typing import Any
 
 from lact_jax.convert.errors import ConversionError
 from lact_jax.models.dit import DiTConfig
+from lact_jax.models.gla import GLAConfig
 from lact_jax.models.lact import LaCTConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -206,10 +207,11 @@ def to_json(config: DiTConfig) -> dict[str, Any]:
 def from_json(fields: Mapping[str, Any]) -> DiTConfig:
     """The inverse of `to_json`. Raises ConversionError for anything else."""
     try:
-        tuples = {
+        parts = {
             "patch_size": tuple(fields["patch_size"]),
             "lact": tuple(LaCTConfig(**options) for options in fields["lact"]),
+            "gla": GLAConfig(**fields.get("gla", {})),
         }
-        return DiTConfig(**{**fields, **tuples})
+        return DiTConfig(**{**fields, **parts})
     except (TypeError, KeyError, ValueError) as error:
         raise ConversionError(f"not a model's description: {error}") from error
