@@ -9,7 +9,8 @@
 - stream.py      Orbax writing and reading a layer at a time
 - destination.py a folder that appears whole or not at all; its manifest
 - importing.py   PyTorch -> Orbax
-- origins.py, exporting.py, shards.py    Orbax -> PyTorch
+- origins.py, exporting.py    Orbax -> PyTorch
+- shards.py, pth.py    safetensors and .pth files written tensor by tensor
 - load.py        a converted folder into a model's parameters, on any mesh
 """
 

@@ -1,9 +1,10 @@
-"""Orbax back into PyTorch checkpoints: safetensors, an index, and the config.json of each class.
+"""Orbax back into the checkpoints of the PyTorch world, in which it finds what it expects.
 
---to=wan        DST/diffusion_pytorch_model*.safetensors and config.json of the official WanModel.
-                The DiT alone: the official code reads its VAE and text encoder from .pth files,
-                which training never changes.
---to=diffusers  DST/transformer, DST/vae, DST/text_encoder, DST/tokenizer: what the source has.
+--to=wan        The official folder: diffusion_pytorch_model*.safetensors and config.json of its
+                WanModel, Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/.
+--to=diffusers  transformer/, vae/, text_encoder/ (safetensors, index, config.json), tokenizer/.
+
+Of these what the source has: a training run, which changes neither VAE nor text encoder, a DiT.
 
 LaCT parameters go out under their official names in both, in the same files. The official LaCT code
 takes them; `WanTransformer3DModel.from_pretrained` and `WanModel.from_pretrained` load the rest and
@@ -20,13 +21,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lact_jax.convert import destination, layouts, shards, sizes
-from lact_jax.convert.components import COMPONENTS, Entry, torch_shape, vae_to_diffusers_json
+from lact_jax.convert import destination, layouts, pth, shards, sizes
+from lact_jax.convert.components import (
+    COMPONENTS,
+    Entry,
+    Options,
+    torch_shape,
+    vae_to_diffusers_json,
+)
 from lact_jax.convert.errors import ConversionError, in_few_lines
 from lact_jax.convert.importing import Log, copy_files
 from lact_jax.convert.matching import parse_dtype
 from lact_jax.convert.origins import Origin, find_origin
 from lact_jax.convert.stream import Streamed
+from lact_jax.convert.tensors import TensorRef
 from lact_jax.umt5_weights import config_to_transformers
 
 
@@ -58,15 +66,25 @@ class Export:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layout keeps a component, and what its config.json says."""
+    """Where a layout keeps a component.
+
+    Attributes:
+      folder: in the checkpoint's.
+      file: a .pth file, or the stem of safetensors.
+      config_json: what config.json says of a config; a .pth file has none.
+    """
 
     folder: str
-    stem: str
-    config_json: Callable[[Any], Mapping[str, Any]]
+    file: str
+    config_json: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 TARGETS: Mapping[str, Mapping[str, Place]] = {
-    "wan": {"dit": Place(".", layouts.WEIGHTS, sizes.to_official_json)},
+    "wan": {
+        "dit": Place(".", layouts.WEIGHTS, sizes.to_official_json),
+        "vae": Place(".", layouts.VAE_PTH),
+        "text": Place(".", layouts.TEXT_PTH),
+    },
     "diffusers": {
         "dit": Place("transformer", layouts.WEIGHTS, sizes.to_diffusers_json),
         "vae": Place("vae", layouts.WEIGHTS, vae_to_diffusers_json),
@@ -87,6 +105,9 @@ def export_checkpoint(task: Export, dry_run: bool = False, log: Log = print) -> 
     dtype = parse_dtype(task.dtype)
     tensors = {name: _tensors(name, origin, task.to, dtype) for name in names}
     for name in names:
+        if TARGETS[task.to][name].config_json is None:
+            _expect_told_by_shapes(task, name, origin.configs[name], tensors[name])
+    for name in names:
         for line in in_few_lines((t.name, f"{t.dtype} {t.shape}") for t in tensors[name]):
             log(f"{name}: {line}")
     nbytes = sum(tensor.nbytes for part in tensors.values() for tensor in part)
@@ -98,9 +119,12 @@ def export_checkpoint(task: Export, dry_run: bool = False, log: Log = print) -> 
         tqdm(total=nbytes, unit="B", unit_scale=True, desc="exporting") as progress,
     ):
         for name in names:
-            _write(task, TARGETS[task.to][name], folder, origin, name, tensors[name], progress)
+            write_component(
+                folder, TARGETS[task.to][name], origin.configs[name], tensors[name],
+                task.max_shard_bytes, progress.update,
+            )  # fmt: skip
         if origin.tokenizer and "text" in names:
-            copy_files(origin.tokenizer, folder / "tokenizer")
+            copy_files(origin.tokenizer, folder / layouts.TOKENIZERS[task.to])
         _write_manifest(folder, task, origin, names)
     log(f"wrote {task.dst}")
 
@@ -142,11 +166,35 @@ def _tensor(entry: Entry, array: Streamed, dtype: np.dtype | None) -> shards.Ten
     return shards.Tensor(entry.name, torch_shape(entry, array.shape), dtype, read)
 
 
-def _write(task, place, folder, origin, name, tensors, progress) -> None:
+def _expect_told_by_shapes(task: Export, name: str, config: Any, tensors: list[shards.Tensor]):
+    """ConversionError unless `config` is the one that is read from a file without config.json."""
+    component, file = COMPONENTS[name], Path(TARGETS[task.to][name].file)
+    refs = {t.name: TensorRef(t.name, file, t.shape, t.dtype, t.read) for t in tensors}
+    told = component.to_json(component.read(refs, None, file.name, Options()).config)
+    wanted = component.to_json(config)
+    if lost := [f"{key}={value}" for key, value in wanted.items() if told[key] != value]:
+        raise ConversionError(
+            f"--to={task.to}: {file} can't say that {task.src} has {', '.join(lost)}: leave "
+            f"{name} out (--only), or export to a layout with a config.json"
+        )
+
+
+def write_component(
+    folder: Path,
+    place: Place,
+    config: Any,
+    tensors: list[shards.Tensor],
+    max_shard_bytes: int = shards.MAX_SHARD_BYTES,
+    on_written: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes a component into its place in the checkpoint `folder`, tensor by tensor."""
     home = folder / place.folder
-    home.mkdir(exist_ok=True)
-    shards.write_shards(home, place.stem, tensors, task.max_shard_bytes, progress.update)
-    text = json.dumps(place.config_json(origin.configs[name]), indent=2)
+    home.mkdir(parents=True, exist_ok=True)
+    if place.config_json is None:
+        pth.write_pth(home / place.file, tensors, on_written)
+        return
+    shards.write_shards(home, place.file, tensors, max_shard_bytes, on_written)
+    text = json.dumps(place.config_json(config), indent=2)
     (home / "config.json").write_text(text + "\n")
 
 

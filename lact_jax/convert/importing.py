@@ -155,7 +155,7 @@ def _stream(plan: Plan, seed: int) -> dict:
 
 def copy_files(source: Path, folder: Path) -> None:
     """Copies the files (not the folders) of `source`."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)

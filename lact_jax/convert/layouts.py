@@ -11,6 +11,7 @@ VAE_PTH = "Wan2.1_VAE.pth"
 TEXT_PTH = "models_t5_umt5-xxl-enc-bf16.pth"
 WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
+TOKENIZERS = {"wan": "google/umt5-xxl", "diffusers": "tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _wan(folder: Path) -> Source:
             "vae": _part(_existing(folder / VAE_PTH)),
             "text": _part(_existing(folder / TEXT_PTH)),
         },
-        _folder(folder / "google" / "umt5-xxl"),
+        _folder(folder / TOKENIZERS["wan"]),
     )
 
 
@@ -68,7 +69,7 @@ def _diffusers(folder: Path) -> Source:
         name: _part(shard_files(folder / place, stem), folder / place / "config.json")
         for name, (place, stem) in places.items()
     }
-    return _source("diffusers", parts, _folder(folder / "tokenizer"))
+    return _source("diffusers", parts, _folder(folder / TOKENIZERS["diffusers"]))
 
 
 def _lact(folder: Path) -> Source:

@@ -35,6 +35,14 @@ class Tensor:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
+def checked_bytes(tensor: Tensor) -> memoryview:
+    """Reads a tensor, for writing: its bytes. ValueError if it isn't of the announced shape."""
+    value = np.asarray(tensor.read(), tensor.dtype, order="C")
+    if value.shape != tensor.shape:
+        raise ValueError(f"{tensor.name}: {value.shape} to write, announced {tensor.shape}")
+    return value.reshape(-1).view(np.uint8).data
+
+
 def cut(tensors: list[Tensor], max_bytes: int) -> Iterator[list[Tensor]]:
     """Shards of at most `max_bytes`, or of one larger tensor, in the given order."""
     shard, size = [], 0
@@ -88,8 +96,5 @@ def _write_file(path: Path, tensors: list[Tensor], on_written: Callable[[int], N
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            value = np.ascontiguousarray(tensor.read(), tensor.dtype)
-            if value.shape != tensor.shape:
-                raise ValueError(f"{tensor.name}: {value.shape} to write, announced {tensor.shape}")
-            file.write(value.reshape(-1).view(np.uint8).data)
-            on_written(value.nbytes)
+            file.write(checked_bytes(tensor))
+            on_written(tensor.nbytes)

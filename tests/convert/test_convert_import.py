@@ -38,6 +38,7 @@ from lact_jax.convert import (
 from lact_jax.convert.components import COMPONENTS
 from lact_jax.convert.fresh import fresh_values
 from lact_jax.parity_cases import model_config
+from lact_jax.torch_pickle import open_torch
 from lact_jax.umt5_weights import config_to_transformers
 from lact_jax.wan_weights import params_to_torch
 
@@ -204,6 +205,11 @@ def test_vae_and_text_of_an_official_folder(tmp_path):
     assert config == dataclasses.replace(TEXT, param_dtype="bfloat16", compute_dtype="bfloat16")
     assert_same({k: v.astype(BF16) for k, v in _back("text", config, params).items()}, text)
     assert params["norm"]["scale"].dtype == np.float32
+    export_checkpoint(Export(tmp_path / "out", tmp_path / "back", "wan"), log=silent)
+    assert (tmp_path / "back" / "google" / "umt5-xxl" / "tokenizer.json").read_text() == "{}"
+    for name, tensors in (("Wan2.1_VAE", vae), ("models_t5_umt5-xxl-enc-bf16", text)):
+        file = open_torch(tmp_path / "back" / f"{name}.pth")
+        assert_same({key: file.get_tensor(key) for key in file.keys()}, tensors)
     import_checkpoint(Import(src, tmp_path / "vae", only=("vae",)), log=silent)
     assert list(manifest(tmp_path / "vae")["components"]) == ["vae"]
     assert not (tmp_path / "vae" / "tokenizer").exists()
