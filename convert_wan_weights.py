@@ -1,7 +1,7 @@
 """Checkpoints into Orbax (Wan2.1, diffusers or LaCT-AR), and trained models back out.
 
-    python convert_wan_weights.py --src=Wan2.1-T2V-1.3B --dst=wan_1_3b
-    python convert_wan_weights.py --src=runs/a --dst=exported --to=diffusers
+python convert_wan_weights.py --src=Wan2.1-T2V-1.3B --dst=wan_1_3b
+python convert_wan_weights.py --src=runs/a --dst=exported --to=diffusers
 """
 
 import signal
@@ -30,7 +30,16 @@ STEP = flags.DEFINE_integer("step", None, "Of a training run; default: the newes
 
 
 def run() -> int:
-    """What the flags say: one conversion. Returns the exit status."""
+    """One conversion. Returns the exit status; a signal ends it with a line that says so."""
+    try:
+        return convert()
+    except SystemExit:
+        print("stopped: what was written so far is removed again", file=sys.stderr)
+        raise
+
+
+def convert() -> int:
+    """What the flags say. Returns the exit status."""
     only = None if ONLY.value is None else tuple(ONLY.value)
     common = dict(
         src=SRC.value, dst=DST.value, only=only, dtype=DTYPE.value, overwrite=OVERWRITE.value

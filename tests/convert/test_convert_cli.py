@@ -53,19 +53,33 @@ def test_in_and_out_and_errors(tmp_path):
 
 
 def test_stopped_half_way_it_leaves_nothing(tmp_path):
-    """A signal when the progress bar appears: some of 200 MB are written then, or none."""
+    """Stopped when the progress bar appears: some of 200 MB are written then, or none.
+
+    A killed run can't clean up. It leaves a folder of another name, which the next run removes.
+    """
     shapes = random_tensors("dit", PLAIN)
     tensors = {
         name: np.zeros([2**18 if n == PLAIN.ffn_dim else n for n in value.shape], np.float32)
         for name, value in shapes.items()
     }
     write_wan(tmp_path / "src", tensors, CONFIG_JSON | {"ffn_dim": 2**18})
-    run = start(f"--src={tmp_path / 'src'}", f"--dst={tmp_path / 'out'}")
+    code, _, _ = stop_half_way(tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    left, src = sorted(path.name for path in tmp_path.iterdir())
+    assert left.startswith(".out.unfinished-") and src == "src"
+    code, output, errors = stop_half_way(tmp_path, signal.SIGINT)
+    assert code == 128 + signal.SIGINT
+    assert f"{left}, left by an interrupted conversion" in output
+    assert "stopped: " in errors and "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def stop_half_way(folder, number):
+    """Converts folder/src to folder/out, sends a signal; (exit status, output, errors)."""
+    run = start(f"--src={folder / 'src'}", f"--dst={folder / 'out'}")
     seen = ""
     while "converting" not in seen:
         seen += run.stderr.read(1) or pytest.fail(f"it ended too early: {seen}")
-    run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate()
-    assert run.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    run.send_signal(number)
+    output, errors = run.communicate()
+    return run.returncode, output, errors

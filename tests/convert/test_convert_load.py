@@ -149,14 +149,14 @@ from lact_jax.sharding import MeshConfig, make_mesh, state_shardings
 from lact_jax.wan_weights import params_to_torch
 
 want = np.load(sys.argv[2])
-mesh = make_mesh(MeshConfig(data=1, fsdp=4))
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, seq=2))
 for config in (LACT_MODEL, TWO_STACKS):
     abstract = abstract_params(config)
     shardings = state_shardings(mesh, abstract, abstract)
     params = load_dit(sys.argv[1], config, shardings)
     jax.tree.map(lambda x, s: x.sharding == s or sys.exit(f"{x.sharding}"), params, shardings)
     cut = params["blocks"]["0"]["ffn"]["fc1"]["kernel"].addressable_shards
-    assert len(cut) == 4 and cut[0].data.shape[-1] == config.ffn_dim // 4
+    assert len(cut) == 8 and cut[0].data.shape[-1] == config.ffn_dim // 4
     loaded = params_to_torch(params, config)
     for name in want:
         np.testing.assert_array_equal(loaded[name], want[name])
@@ -167,7 +167,7 @@ TWO_STACKS = dataclasses.replace(LACT_MODEL, lact=(LACT, dataclasses.replace(LAC
 
 
 def test_restores_into_a_mesh(tmp_path):
-    """On four devices, in a process of its own, since the device count is fixed at the start."""
+    """On eight devices, in a process of its own, since the device count is fixed at the start."""
     tensors = random_tensors("dit", LACT_MODEL, dtype=np.float32)
     write_pt(tmp_path / "src" / "model.pt", tensors)
     np.savez(tmp_path / "tensors.npz", **tensors)
@@ -176,7 +176,7 @@ def test_restores_into_a_mesh(tmp_path):
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
         PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)]),
     )
     run = subprocess.run(
