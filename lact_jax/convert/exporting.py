@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lact_jax.convert import destination, layouts, pth, shards, sizes
 from lact_jax.convert.components import (
@@ -30,7 +29,7 @@ from lact_jax.convert.components import (
     vae_to_diffusers_json,
 )
 from lact_jax.convert.errors import ConversionError, in_few_lines
-from lact_jax.convert.importing import Log, copy_files
+from lact_jax.convert.importing import Log, copy_files, progress_bar
 from lact_jax.convert.matching import parse_dtype
 from lact_jax.convert.origins import Origin, find_origin
 from lact_jax.convert.stream import Streamed
@@ -116,7 +115,7 @@ def export_checkpoint(task: Export, dry_run: bool = False, log: Log = print) -> 
         return
     with (
         destination.prepared_folder(task.dst, task.overwrite, nbytes, log) as folder,
-        tqdm(total=nbytes, unit="B", unit_scale=True, desc="exporting") as progress,
+        progress_bar(nbytes, "exporting") as progress,
     ):
         for name in names:
             write_component(

@@ -8,6 +8,7 @@ What comes out:
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,7 @@ def import_checkpoint(task: Import, dry_run: bool = False, log: Log = print) -> 
     nbytes = sum(plan.nbytes for plan in plans.values())
     with (
         destination.prepared_folder(task.dst, task.overwrite, nbytes, log) as folder,
-        tqdm(total=nbytes, unit="B", unit_scale=True, desc="converting") as progress,
+        progress_bar(nbytes, "converting") as progress,
     ):
         for name, plan in plans.items():
             write_stream(folder / name, _stream(plan, task.seed), progress.update)
@@ -151,6 +152,12 @@ def _stream(plan: Plan, seed: int) -> dict:
             for t in plan.targets
         }
     )
+
+
+def progress_bar(nbytes: int, name: str) -> tqdm:
+    """Of bytes written, on stderr: in a file, where a bar is a line each time, seldom."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=nbytes, unit="B", unit_scale=True, desc=name, mininterval=interval)
 
 
 def copy_files(source: Path, folder: Path) -> None:

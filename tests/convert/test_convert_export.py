@@ -8,12 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_fixtures import BF16, PLAIN, STEM, assert_same, random_tensors, read_all, write_wan
+from convert_fixtures import (
+    BF16,
+    PLAIN,
+    STEM,
+    VAE,
+    assert_same,
+    random_tensors,
+    read_all,
+    write_wan,
+)
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from lact_jax.checkpoint import Checkpointer
 from lact_jax.config import Config
 from lact_jax.convert import Export, Import, export_checkpoint, import_checkpoint
+from lact_jax.convert.components import vae_to_diffusers_json
 from lact_jax.convert.errors import ConversionError
 from lact_jax.convert.shards import Tensor, cut, write_shards
 from lact_jax.models.lact import LaCTConfig
@@ -136,6 +147,19 @@ def test_sources_that_hold_no_weights(tmp_path):
     export_checkpoint(Export(tmp_path / "orbax", out, "wan"), log=silent)
     with pytest.raises(ConversionError, match="out: already exported"):
         export_checkpoint(Export(out, tmp_path / "again", "wan"), log=silent)
+
+
+def test_a_file_that_could_not_say_what_the_model_is(tmp_path):
+    """Wan's VAE file has no room for latents of another scale; a diffusers folder has."""
+    vae = dataclasses.replace(VAE, latent_std=(2.0,) * 16)
+    home = tmp_path / "src" / "vae"
+    home.mkdir(parents=True)
+    save_file(random_tensors("vae", vae, "diffusers"), home / f"{STEM}.safetensors")
+    (home / "config.json").write_text(json.dumps(vae_to_diffusers_json(vae)))
+    import_checkpoint(Import(tmp_path / "src", tmp_path / "orbax"), log=silent)
+    with pytest.raises(ConversionError, match=r"VAE.pth can't say .*latent_std=\[2.0.*--only"):
+        export_checkpoint(Export(tmp_path / "orbax", tmp_path / "out", "wan"), log=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["orbax", "src"]
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_left(tmp_path):
