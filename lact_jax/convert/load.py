@@ -139,6 +139,10 @@ class _DiTPlan:
             if have != need:
                 problems.append((name, f"{have} in the file, {need} asked for"))
         problems += [
+            ("/".join(path), f"mixer {config.mixer!r} has it and no checkpoint does: train it anew")
+            for path in sorted(shapes.keys() - {row.path for row in here.values()})
+        ]
+        problems += [
             (name, f"{shape_of(row, stored)} in the file, the model has none")
             for name, row in in_file.items()
             if name not in here

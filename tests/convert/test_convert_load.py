@@ -1,6 +1,7 @@
 """A converted folder into parameters: other stackings, other meshes, other models."""
 
 import dataclasses
+import json
 import logging
 import os
 import subprocess
@@ -20,10 +21,12 @@ from lact_jax.convert import (
     load_vae,
     missing_parameters,
     parse_options,
+    sizes,
 )
 from lact_jax.convert.components import flat
 from lact_jax.convert.errors import ConversionError
 from lact_jax.models.dit import abstract_params
+from lact_jax.models.gla import GLAConfig
 from lact_jax.wan_weights import params_to_torch, rows
 
 MIXED = dataclasses.replace(PLAIN, mixer="lact", lact=(LACT,), attn_every_n_layers=2)
@@ -94,6 +97,22 @@ def test_another_size_lists_every_difference(plain):
         assert part in str(caught.value)
     with pytest.raises(ConversionError, match="model.num_heads: 2 in the file, 4 asked for"):
         load_dit(folder, dataclasses.replace(PLAIN, num_heads=4))
+
+
+def test_another_mixer_lists_what_no_checkpoint_has(plain):
+    folder, _ = plain
+    with pytest.raises(ConversionError, match="blocks/0/self_attn/decay_.*mixer 'gla' has it"):
+        load_dit(folder, dataclasses.replace(PLAIN, mixer="gla", lact=(LACT,)))
+
+
+def test_a_model_is_the_same_after_its_description():
+    model = dataclasses.replace(
+        PLAIN, mixer="gla", lact=(LACT, LACT), gla=GLAConfig(gate_rank=3), remat="full"
+    )
+    described = json.loads(json.dumps(sizes.to_json(model)))
+    assert sizes.from_json(described) == dataclasses.replace(model, dtype="bfloat16")
+    del described["gla"]  # as written before there was one
+    assert sizes.from_json(described).gla == GLAConfig()
 
 
 def test_an_assumed_size_is_no_difference(tmp_path):
