@@ -6,6 +6,10 @@ on with the first shard that has no report. The process that finds the reports o
 the data set of them (see `encoding_merge`). Clips are encoded one at a time, so that the result is
 the same, bit for bit, however the work is divided.
 
+Clips that can't be used are skipped, counted and named with the reason: videos without a caption,
+too short ones, files that can't be read. More than `data.max_bad_files` of the last end the work:
+then it is more likely a disk that is broken. Finished shards stay, and a larger limit goes on.
+
 Legend: T frames, F latent frames, h, w latent cells, C latent channels, L text tokens, D text
 width.
 """
@@ -29,10 +33,10 @@ from tqdm import tqdm
 
 from lact_jax.data import encoded_format as layout
 from lact_jax.data.buckets import nearest
-from lact_jax.data.encoding_merge import merge, record_file, report_file
+from lact_jax.data.encoding_merge import merge, record_file, report_file, unreadable
 from lact_jax.data.encoding_source import Shard, cut_shards, find_clips, fingerprint
-from lact_jax.data.listing import Clip
-from lact_jax.video_io import VideoError, read_video, replacing, shown_size
+from lact_jax.data.listing import BadFiles, Clip, UnsuitableError, look_at
+from lact_jax.video_io import VideoError, read_video, replacing
 
 PLAN = "plan.json"
 SHARD_SIZE = 64
@@ -71,7 +75,8 @@ def encode_dataset(
     Raises:
       FileExistsError: dst holds something else, or was begun with other settings or videos (every
         difference is listed).
-      FileNotFoundError, ValueError: the videos can't be listed, or none of them can be used.
+      FileNotFoundError, ValueError: the videos can't be listed, none of them can be used, or more
+        than `data.max_bad_files` can't be read.
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index}: must be from 0 to below {process_count}")
@@ -88,15 +93,19 @@ def encode_dataset(
             "shard_size": shard_size,
         },
     }
+    bad = BadFiles(Path(src or config.data.path), config.data.max_bad_files)
     if _begin(dst, plan):
         work = dst / layout.UNFINISHED
         mine = [
             s for s in shards[process_index::process_count] if not report_file(work, s).exists()
         ]
-        _encode_shards(work, mine, config.data, _Encoder(config, codec, text), process_index, stop)
+        bad.add(unreadable(work, shards))
+        clips = [clip for shard in mine for clip in shard.clips]
+        outcomes = _outcomes(clips, config.data, _Encoder(config, codec, text), bad)
+        _encode_shards(work, mine, outcomes, process_index, stop)
     if stop():
         return None
-    return merge(dst, plan, shards, text)
+    return merge(dst, plan, shards, text, bad)
 
 
 def _begin(dst: Path, plan: dict[str, Any]) -> bool:
@@ -153,17 +162,15 @@ class _Encoder:
 def _encode_shards(
     work: Path,
     shards: list[Shard],
-    data: Any,
-    encode: _Encoder,
+    outcomes: Iterator[_Outcome],
     process_index: int,
     stop: Callable[[], bool],
 ) -> None:
-    """Encodes shards until all are done or `stop()`; decoding threads work ahead across them."""
+    """Writes what became of the shards' clips until all are written or `stop()`."""
     for leftover in work.glob(f".writing-{process_index}-*"):  # of a run that was killed
         leftover.unlink()
-    clips = [clip for shard in shards for clip in shard.clips]
-    outcomes = _outcomes(clips, data, encode)
-    with tqdm(total=len(clips), unit="clip", desc="encoding") as bar:
+    total = sum(len(shard.clips) for shard in shards)
+    with tqdm(total=total, unit="clip", desc="encoding") as bar:
         for shard in shards:
             temporary = work / f".writing-{process_index}-{shard.name}"
             report = _write_shard(temporary, len(shard.clips), outcomes, stop, bar)
@@ -179,40 +186,53 @@ class _Outcome(NamedTuple):
     """What became of a clip: its record and size bucket, or the reason why it has none."""
 
     name: str
-    record: bytes | None
+    record: bytes | None = None
+    bucket: int = 0
+    reason: str = ""
+    readable: bool = True
+
+
+class _Decoded(NamedTuple):
+    frames_THW3: np.ndarray
     bucket: int
-    reason: str
 
 
-def _outcomes(clips: list[Clip], data: Any, encode: _Encoder) -> Iterator[_Outcome]:
-    """Decodes ahead in threads and encodes when asked: each clip's first frames and its centre,
-    whatever training on the videos themselves would draw."""
-    sizes = layout.sizes(data)
+def _decode(clip: Clip, data: Any) -> _Decoded | _Outcome:
+    """Each clip's first frames and its centre, whatever training on the videos would draw."""
+    if clip.caption is None:
+        return _Outcome(clip.name, reason=f"{clip.file}: no caption")
+    sizes, what = layout.sizes(data), {"num_frames": data.num_frames, "fps": data.fps}
+    try:
+        clip = look_at(clip, **what, sizes=len(sizes) > 1)
+        bucket = nearest(clip.size, sizes) if clip.size else 0
+        height, width = sizes[bucket]
+        return _Decoded(read_video(clip.file, height=height, width=width, **what), bucket)
+    except UnsuitableError as error:
+        return _Outcome(clip.name, reason=str(error))
+    except VideoError as error:
+        return _Outcome(clip.name, reason=str(error), readable=False)
 
-    def read(clip: Clip) -> tuple[int, np.ndarray | str]:
-        try:
-            bucket = nearest(shown_size(clip.file), sizes) if len(sizes) > 1 else 0
-            height, width = sizes[bucket]
-            return bucket, read_video(
-                clip.file, fps=data.fps, height=height, width=width, num_frames=data.num_frames
-            )
-        except VideoError as error:
-            return 0, str(error)
 
+def _outcomes(
+    clips: list[Clip], data: Any, encode: _Encoder, bad: BadFiles
+) -> Iterator[_Outcome]:
+    """Decodes ahead in threads, across shards, and encodes when asked; raises as `bad.add`."""
     if not clips:
         return
     threads = data.num_threads
-    decoded = grain.MapDataset.source(clips).map(read).to_iter_dataset(
+    decode = functools.partial(_decode, data=data)
+    decoded = grain.MapDataset.source(clips).map(decode).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )  # fmt: skip
-    for clip, (bucket, frames) in zip(clips, decoded, strict=True):
-        if isinstance(frames, str):
-            yield _Outcome(clip.name, None, bucket, frames)
-        else:
-            record = encode(clip, frames)
-            yield _Outcome(
-                clip.name, record, bucket, f"{clip.file}: its latent has NaN or infinity"
-            )
+    for clip, found in zip(clips, decoded, strict=True):
+        if isinstance(found, _Decoded):
+            record = encode(clip, found.frames_THW3)
+            reason = f"{clip.file}: its latent has NaN or infinity" if record is None else ""
+            yield _Outcome(clip.name, record, found.bucket, reason)
+            continue
+        if not found.readable:
+            bad.add([found.reason])
+        yield found
 
 
 class _RecordFile:
@@ -246,7 +266,7 @@ def _write_shard(
     path: Path, count: int, outcomes: Iterator[_Outcome], stop: Callable[[], bool], bar: tqdm
 ) -> dict[str, Any] | None:
     """Writes the records. Returns what was kept, and why other clips were not; None if stopped."""
-    kept, buckets, skipped = [], [], {}
+    kept, buckets, skipped, not_read = [], [], {}, []
     with contextlib.closing(_RecordFile(path)) as file:
         for _ in range(count):
             if stop():
@@ -254,9 +274,10 @@ def _write_shard(
             outcome = next(outcomes)
             if outcome.record is None:
                 skipped[outcome.name] = outcome.reason
+                not_read += [] if outcome.readable else [outcome.name]
             else:
                 file.write(outcome.record)
                 kept.append(outcome.name)
                 buckets.append(outcome.bucket)
             bar.update()
-    return {"kept": kept, "buckets": buckets, "skipped": skipped}
+    return {"kept": kept, "buckets": buckets, "skipped": skipped, "unreadable": not_read}

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from lact_jax.data import encoded_format as layout
 from lact_jax.data.encoding_source import Shard
-from lact_jax.data.listing import enumerate_some
+from lact_jax.data.listing import BadFiles, enumerate_some
 from lact_jax.video_io import replacing
 
 _SUFFIX = "array_record"
@@ -31,8 +31,16 @@ def report_file(work: Path, shard: Shard) -> Path:
     return work / f"{shard.name}.json"
 
 
+def unreadable(work: Path, shards: Sequence[Shard]) -> list[str]:
+    """Why files of the shards that are finished could not be read, a line each."""
+    reports = [
+        layout.read_json(file) for s in shards if (file := report_file(work, s)).exists()
+    ]
+    return [report["skipped"][name] for report in reports for name in report["unreadable"]]
+
+
 def merge(
-    dst: Path, plan: dict[str, Any], shards: Sequence[Shard], text: Any
+    dst: Path, plan: dict[str, Any], shards: Sequence[Shard], text: Any, bad: BadFiles
 ) -> dict[str, Any] | None:
     """Makes the data set if all shards are there; any process may, and a killed merge goes on.
 
@@ -41,11 +49,12 @@ def merge(
       plan: what goes into the manifest.
       shards: all of the plan.
       text: encodes the empty caption.
+      bad: is told of the files that no process could read.
 
     Returns:
       The summary, or None where shards are missing.
 
-    Raises ValueError if no training clip could be used.
+    Raises ValueError if no training clip could be used, and as `bad.add`.
     """
     with (dst / ".lock").open("w") as lock:  # processes that finish together merge once
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -53,6 +62,7 @@ def merge(
         if not (dst / layout.MANIFEST).exists():
             if not all(report_file(work, shard).exists() for shard in shards):
                 return None
+            bad.add(unreadable(work, shards))  # each process knew of its own at most
             _finish(dst, work, plan, shards, text)
         shutil.rmtree(work, ignore_errors=True)
     return layout.read_json(dst / layout.SUMMARY)

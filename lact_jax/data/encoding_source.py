@@ -30,7 +30,7 @@ class Shard:
 
 
 def find_clips(config: Any, codec: Any, src: str | None, holdout: int) -> dict[str, list[Clip]]:
-    """The clips of each split, sorted by name.
+    """The clips of each split, sorted by name; those of a folder with or without caption.
 
     Args:
       config: `lact_jax.config.Config`.
@@ -56,7 +56,7 @@ def find_clips(config: Any, codec: Any, src: str | None, holdout: int) -> dict[s
             f"nothing to encode: give --src=VIDEOS (data.name={data.name!r}, data.path="
             f"{data.path!r} is neither a folder of videos nor the synthetic data set)"
         )
-    clips = list_clips(Path(src or data.path), stills=data.num_frames == 1)
+    clips = list_clips(Path(src or data.path), stills=data.num_frames == 1, uncaptioned=True)
     return split_clips(clips, holdout)
 
 
@@ -73,8 +73,9 @@ def cut_shards(clips: Mapping[str, Sequence[Clip]], shard_size: int) -> list[Sha
 
 def fingerprint(clips: Mapping[str, Sequence[Clip]]) -> str:
     """Changes with any name, caption or split of a clip."""
-    rows = (f"{split}\0{clip.name}\0{clip.caption}\0" for split in clips for clip in clips[split])
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row.encode())
+    for split, members in clips.items():
+        for clip in members:
+            caption = "\n" if clip.caption is None else clip.caption  # a caption is one line
+            digest.update(f"{split}\0{clip.name}\0{caption}\0".encode())
     return digest.hexdigest()

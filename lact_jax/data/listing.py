@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Clip:
 
     Attributes:
       file: where it is.
-      caption: one line.
+      caption: one line; None where there is none (see `list_clips`).
       name: the path below the folder.
       length: frames at the rate that was asked for; None where the file doesn't say, or before
         `usable_clips` looked.
@@ -43,10 +44,14 @@ class Clip:
     """
 
     file: Path
-    caption: str
+    caption: str | None
     name: str
     length: int | None = None
     size: tuple[int, int] | None = None
+
+
+class UnsuitableError(Exception):
+    """A clip is whole, but too short for what is asked for; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +67,55 @@ class Skipped:
     unsuitable: list[str]
 
 
+class BadFiles:
+    """Counts the files that can't be read; thread-safe.
+
+    Args:
+      path: their folder, for messages.
+      limit: how many may be met.
+    """
+
+    def __init__(self, path: Path, limit: int):
+        self._path, self._limit = path, limit
+        self._reasons: dict[str, None] = {}
+        self._lock = threading.Lock()
+
+    def add(self, reasons: Sequence[str]) -> bool:
+        """Takes a line for each file, which names it; True if one of them is new.
+
+        Raises ValueError that names them where there are more than the limit.
+        """
+        with self._lock:
+            before = len(self._reasons)
+            self._reasons.update(dict.fromkeys(reasons))
+            known = list(self._reasons)
+        if len(known) > self._limit:
+            raise ValueError(
+                f"{self._path}: {len(known)} files can't be read, more than data.max_bad_files="
+                f"{self._limit}: {enumerate_some(known)}"
+            )
+        return len(known) > before
+
+
 def enumerate_some(names: Sequence[str]) -> str:
     """Up to ten names, and how many more."""
     more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
 
-def list_clips(path: Path, *, stills: bool = False) -> list[Clip]:
+def list_clips(
+    path: Path, *, stills: bool = False, uncaptioned: bool = False
+) -> list[Clip]:
     """All videos of a folder with their captions, sorted by name.
 
     Args:
       path: the folder.
       stills: list still images too, as clips of one frame.
+      uncaptioned: list videos without caption too, for the caller to skip.
 
     Raises:
       FileNotFoundError: no such folder, or no video in it.
-      ValueError: videos without caption, captions without video (all listed), two kinds of
+      ValueError: videos without caption unless asked for, captions without video (all listed), two kinds of
         captions, or a line that can't be read.
     """
     if not path.is_dir():
@@ -93,13 +131,14 @@ def list_clips(path: Path, *, stills: bool = False) -> list[Clip]:
         )
     captions = _read_captions(path, known)
     problems = []
-    if bare := sorted(wanted - set(captions)):
+    bare = sorted(wanted - set(captions))
+    if bare and not uncaptioned:
         problems.append(f"{len(bare)} videos without caption: {enumerate_some(bare)}")
     if lost := sorted(set(captions) - set(known)):
         problems.append(f"{len(lost)} captions without video: {enumerate_some(lost)}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
-    return [Clip(known[name], captions[name], name) for name in sorted(wanted)]
+    return [Clip(known[name], captions.get(name), name) for name in sorted(wanted)]
 
 
 def list_stills(path: Path) -> list[Path]:
@@ -117,7 +156,8 @@ def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:
     """
     if not 0 <= holdout < len(clips):
         raise ValueError(
-            f"data.holdout={holdout}: of {len(clips)} clips at least one must be left to train on"
+            f"data.holdout={holdout}: of {len(clips)} clips at least one must be left to train on; "
+            "hold out fewer"
         )
     by_hash = sorted(clips, key=lambda clip: hashlib.sha256(clip.name.encode()).digest())
     held_out = {clip.name for clip in by_hash[:holdout]}
@@ -125,6 +165,25 @@ def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:
         "train": [clip for clip in clips if clip.name not in held_out],
         "validation": [clip for clip in clips if clip.name in held_out],
     }
+
+
+def look_at(clip: Clip, *, num_frames: int, fps: float, sizes: bool) -> Clip:
+    """The clip with the length that its header tells, and with its size if that is asked for.
+
+    Args:
+      clip: what to look at.
+      num_frames, fps: frames that are needed, and at which rate.
+      sizes: find out the size, at the first picture.
+
+    Raises:
+      VideoError: no video, or damaged.
+      UnsuitableError: shorter than is needed.
+    """
+    length = probe_video(clip.file).num_frames(fps)
+    if length is not None and length < num_frames:
+        raise UnsuitableError(f"{clip.file}: {length} frames at {fps:g} fps, {num_frames} needed")
+    size = shown_size(clip.file) if sizes else None
+    return dataclasses.replace(clip, length=length, size=size)
 
 
 def usable_clips(
@@ -144,13 +203,11 @@ def usable_clips(
 
     def look(clip: Clip) -> tuple[Clip | None, str, str]:
         try:
-            length = probe_video(clip.file).num_frames(fps)
-            size = shown_size(clip.file) if sizes else None
+            return look_at(clip, num_frames=num_frames, fps=fps, sizes=sizes), "", ""
         except VideoError as error:
             return None, str(error), ""
-        if length is not None and length < num_frames:
-            return None, "", f"{clip.file}: {length} frames at {fps:g} fps, {num_frames} needed"
-        return dataclasses.replace(clip, length=length, size=size), "", ""
+        except UnsuitableError as error:
+            return None, "", str(error)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, num_threads)) as pool:
         found, unreadable, unsuitable = zip(*pool.map(look, clips), strict=True)

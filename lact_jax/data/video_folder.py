@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 from lact_jax.data.batch import RawBatch, process_share, stack_raw
 from lact_jax.data.buckets import Draw, Order, check_buckets, nearest
 from lact_jax.data.listing import (
+    BadFiles,
     Clip,
     enumerate_some,
     list_clips,
@@ -169,36 +169,6 @@ def _reader(find: Callable, decoder: _Decoder, options: Options) -> Callable[[in
     return read
 
 
-class BadFiles:
-    """Counts the files that can't be read; thread-safe.
-
-    Args:
-      path: their folder, for messages.
-      limit: how many may be met.
-    """
-
-    def __init__(self, path: Path, limit: int):
-        self._path, self._limit = path, limit
-        self._reasons: dict[str, None] = {}
-        self._lock = threading.Lock()
-
-    def add(self, reasons: Sequence[str]) -> bool:
-        """Takes a line for each file, which names it; True if one of them is new.
-
-        Raises ValueError that names them where there are more than the limit.
-        """
-        with self._lock:
-            before = len(self._reasons)
-            self._reasons.update(dict.fromkeys(reasons))
-            known = list(self._reasons)
-        if len(known) > self._limit:
-            raise ValueError(
-                f"{self._path}: {len(known)} files can't be read, more than data.max_bad_files="
-                f"{self._limit}: {enumerate_some(known)}"
-            )
-        return len(known) > before
-
-
 def _look_at(clips: list[Clip], options: Options, bad: BadFiles) -> list[Clip]:
     """The clips that can be used; warns of the others, and raises where none is left."""
     path, total = Path(options.path), len(clips)
@@ -249,7 +219,11 @@ class _Decoder:
                 errors.append(str(error))
                 if self._bad.add([str(error)]):
                     _log.warning("%s; the next clip stands in for it", error)
-        raise ValueError(f"none of the clips can be decoded: {enumerate_some(errors)}")
+        raise ValueError(
+            f"{self._options.path}: none of the clips"
+            f"{' of a bucket' if self._options.buckets else ''} can be decoded: "
+            f"{enumerate_some(errors)}"
+        )
 
     def _decoded(self, bucket: int, draw: Draw) -> dict[str, Any]:
         if draw.clip in self._cache:
@@ -308,7 +282,8 @@ def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> gra
         raise ValueError("data.path is empty: give the folder of videos")
     if split == "validation" and not data.holdout:
         raise ValueError(
-            f"{data.path}: no clips are held out for validation; data.holdout says how many"
+            f"{data.path}: no clips are held out for validation: data.holdout=0. Say how many, such "
+            "as --config.data.holdout=16 (which ones depends on their names)"
         )
     options = dict(data.options)
     if unknown := sorted(set(options) - {"shuffle"}):

@@ -127,6 +127,33 @@ def test_clips_that_can_not_be_used_are_counted_and_named(spoiled, tmp_path):
     assert read_manifest(tmp_path / "dataset")["splits"]["train"][0]["clips"] == 1
 
 
+def test_videos_without_caption_are_skipped_too(spoiled, tmp_path):
+    (spoiled / "short.txt").unlink()
+    summary = encode(tmp_path / "dataset", spoiled, holdout=0)
+    assert summary["train"]["kept"] == ["good.mp4"] and summary["train"]["num_skipped"] == 3
+    assert summary["train"]["skipped"]["short.mp4"] == f"{spoiled / 'short.mp4'}: no caption"
+    (spoiled / "short.txt").write_text("a caption after all")
+    with pytest.raises(FileExistsError, match="source.fingerprint"):
+        encode(tmp_path / "dataset", spoiled, holdout=0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_too_many_unreadable_files_end_it_and_a_larger_limit_goes_on(processes, spoiled, tmp_path):
+    """Two of them, one in each of two shards: of two processes each met one."""
+    folder, codec = tmp_path / "dataset", CountingCodec()
+    limited = {"holdout": 0, "shard_size": 2, "config": small_config(data__max_bad_files=1)}
+    shares = [{"process_index": i, "process_count": processes} for i in range(processes)]
+    message = r"2 files can't be read, more than data\.max_bad_files=1: .*cut\.mp4.*text\.mp4"
+    for share in shares[:-1]:
+        assert encode(folder, spoiled, codec=codec, **limited, **share) is None
+    with pytest.raises(ValueError, match=message) as raised:
+        encode(folder, spoiled, codec=codec, **limited, **shares[-1])
+    assert "short.mp4" not in str(raised.value) and not (folder / MANIFEST).exists()
+    more = limited | {"config": small_config(data__max_bad_files=2)}
+    assert encode(folder, spoiled, codec=codec, **more)["train"]["num_skipped"] == 3
+    assert codec.clips == 1  # the good one is in a shard that was finished
+
+
 def test_a_folder_of_which_nothing_can_be_used(spoiled, tmp_path):
     (spoiled / "good.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 4 training clips can be used: .*cut\.mp4"):

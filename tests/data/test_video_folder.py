@@ -221,8 +221,9 @@ def test_damage_found_in_decoding_is_replaced_by_the_next_clip(folder, caplog, c
 def test_all_clips_damaged(folder):
     for number in range(7):
         garble(folder / f"{number}.mp4")
-    with pytest.raises(ValueError, match="none of the clips can be decoded.*0.mp4"):
+    with pytest.raises(ValueError, match="none of the clips can be decoded.*0.mp4") as raised:
         next(iter(video_folder.make(options(folder, num_threads=0))))
+    assert str(raised.value).startswith(f"{folder}: ")
 
 
 @pytest.mark.parametrize("change, match", [
