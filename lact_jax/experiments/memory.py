@@ -2,7 +2,7 @@
 
 Trains a small model with each mixer on clips of a camera that pans round a ring (data/ring.py), and
 compares their losses on clips of worlds that none has seen, chunk by chunk. The ring is three views
-wide: chunk 1 and 2 show what is new, chunk 3 and later what was last seen three chunks ago. Window
+wide: chunks 1 and 2 show what is new, later ones what was last seen three chunks before. Window
 attention can't know it, a memory can. At high noise the difference is all that matters: at low
 noise the answer is in the input.
 
@@ -43,20 +43,19 @@ POOL_FROM = 64  # clips; fewer are drawn sooner than a process starts
 # What is taken from or added to the model named "lact", as in --config.KEY=VALUE: one at a time.
 ABLATION: dict[str, dict[str, Any]] = {
     "1 head": {"model.lact.fw_head_dim": 128},
-    "2 heads": {"model.lact.fw_head_dim": 64},
+    "4 heads": {"model.lact.fw_head_dim": 32},
     "8 heads": {"model.lact.fw_head_dim": 16},
-    "momentum": {"model.lact.momentum": True},
+    "base lr 0.001": {"model.lact.base_lr": 0.001},
+    "base lr 1": {"model.lact.base_lr": 1.0},
+    "base lr 1, no weight norm": {"model.lact.base_lr": 1.0, "model.lact.weight_norm": False},
     "no weight norm": {"model.lact.weight_norm": False},
+    "momentum": {"model.lact.momentum": True},
     "new parameters at the others' lr": {"train.new_lr_multiplier": 1.0},
     "gate starts closed": {"model.lact.learnable_ttt_scale": True},
-    "no Muon": {"model.lact.muon": False},
-    "no Muon, 2 heads": {"model.lact.muon": False, "model.lact.fw_head_dim": 64},
-    "no Muon, no weight norm": {"model.lact.muon": False, "model.lact.weight_norm": False},
-    "no Muon, base lr 0.1": {"model.lact.muon": False, "model.lact.base_lr": 0.1},
-    "no Muon, base lr 1": {"model.lact.muon": False, "model.lact.base_lr": 1.0},
-    "no Muon, base lr 1, no weight norm": {
-        "model.lact.muon": False, "model.lact.base_lr": 1.0, "model.lact.weight_norm": False,
-    },
+    "Muon": {"model.lact.muon": True},
+    "Muon, 4 heads": {"model.lact.muon": True, "model.lact.fw_head_dim": 32},
+    "Muon, no weight norm": {"model.lact.muon": True, "model.lact.weight_norm": False},
+    "Muon, momentum": {"model.lact.muon": True, "model.lact.momentum": True},
 }  # fmt: skip
 
 
@@ -96,10 +95,10 @@ def base_config() -> ConfigDict:
         dim=128, ffn_dim=512, num_heads=4, num_layers=2, freq_dim=64, text_dim=16, text_len=12,
         patch_size=(1, 2, 2), remat="none", dtype="float32",
     )  # fmt: skip
-    # At Wan's base rate of 0.001 the 48 tokens of a chunk hardly move the fast weights (4680 do):
-    # Muon moves them by a step whose size does not depend on the rate.
+    # A chunk's write is a sum over its tokens: at Wan's base rate of 0.001 the 48 of a chunk hardly
+    # move the fast weights (4680 do), and what has not been written can't teach the rates to grow.
     config.model.lact.update(
-        fw_head_dim=32, inter_multi=2.0, muon=True, learnable_ttt_scale=False, ttt_scale=1.0
+        fw_head_dim=64, inter_multi=2.0, base_lr=0.1, learnable_ttt_scale=False, ttt_scale=1.0
     )
     config.objective.update(
         frames_per_chunk=CHUNK_FRAMES, timestep_shift=3.0, logit_normal_weighting=False,

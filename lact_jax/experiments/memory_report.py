@@ -53,8 +53,15 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str, config: Config) -> bool:
-        """Whether there is a row of this name and config."""
-        return name in self._rows and self._rows[name]["config"] == _part(config)
+        """Whether there is a row of this name; ValueError where it is of another config."""
+        if name not in self._rows:
+            return False
+        if self._rows[name]["config"] != _part(config):
+            raise ValueError(
+                f"{self._folder / RESULTS} has {name!r} with other settings (steps, sizes …): "
+                "give another --out"
+            )
+        return True
 
     def add(self, name: str, changes: dict, config: Config, row: dict[str, Any]) -> None:
         """Takes a row, with its `loss` (G, V, W), and writes all files."""

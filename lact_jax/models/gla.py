@@ -36,8 +36,8 @@ L2_EPS = 1e-5
 class GLAConfig:
     """The gated linear state.
 
-    The state has D·E numbers, LaCT's fast weights 3·D·H: `head_dim` = D comes nearest to them
-    where H is below D / 3, else three times H holds as many.
+    The state has D·E numbers, LaCT's fast weights of hidden width H have 3·D·H: an E of 3·H holds
+    as many, and where that is over D, one head of E = D comes nearest.
 
     Attributes:
       head_dim: E, a divisor of the model width; 0 for all of it, one head.

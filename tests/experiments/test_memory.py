@@ -63,6 +63,8 @@ def test_a_second_start_trains_only_what_is_missing(out, monkeypatch, capsys):
     assert memory.main([f"--out={out}", *ARGUMENTS]) == 0
     assert (out / memory_report.TABLE).read_text().strip() in capsys.readouterr().out
     with pytest.raises(AssertionError, match="nothing is missing"):
+        memory.main([f"--out={out}", *ARGUMENTS, "--variants", "momentum"])
+    with pytest.raises(ValueError, match="has 'window' with other settings .* another --out"):
         memory.main([f"--out={out}", *ARGUMENTS, "--steps=5"])
     with pytest.raises(ValueError, match=r"of seeds \[0, 3\], not \[0\]: give another --out"):
         memory.main([f"--out={out}", "--small", "--seeds", "0"])
