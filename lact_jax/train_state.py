@@ -11,6 +11,7 @@ from einops import rearrange
 from lact_jax.config import Config
 from lact_jax.models.dit import bind, init_params
 from lact_jax.objective import compute_loss
+from lact_jax.ops.parallel import cut_clips
 from lact_jax.optim import learning_rate, make_optimizer, merge, should_skip, split_trainable
 
 
@@ -77,7 +78,9 @@ def make_train_step(config: Config) -> Callable:
 
         if parts == 1:
             return one(0, latent, text)
-        split = [rearrange(x, "(a b) ... -> a b ...", a=parts) for x in (latent, text)]
+        split = [
+            cut_clips(rearrange(x, "(a b) ... -> a b ...", a=parts), axis=1) for x in (latent, text)
+        ]
         starts = jnp.arange(parts) * split[0].shape[1]
 
         def body(total, inputs):

@@ -19,7 +19,7 @@ ALLOWED = {
     "diffusion": set(),
     "objective": {"diffusion", "models", "ops"},
     "video_io": set(),
-    "data": {"video_io"},
+    "data": {"distributed", "video_io"},
     "gallery": {"video_io"},
     "text": {"models"},
     "wan_weights": {"models"},
@@ -27,7 +27,7 @@ ALLOWED = {
     "vae_weights": {"models"},
     "torch_pickle": set(),
     "checkpoint_tree": set(),
-    "checkpoint": {"checkpoint_tree"},
+    "checkpoint": {"checkpoint_tree", "distributed"},
     "convert": {
         "checkpoint", "models", "torch_pickle", "umt5_weights", "vae_weights", "wan_weights",
     },
@@ -35,24 +35,30 @@ ALLOWED = {
     "encoders": {"models", "wan_encoders"},
     "flops": {"models", "objective", "ops"},
     "optim": set(),
-    "interrupt": set(),
-    "workdir": set(),
+    "distributed": set(),
+    "interrupt": {"distributed"},
+    "workdir": {"distributed"},
     "run_logging": {"workdir"},
     "run_protocol": set(),
     "tensorboard_run": {"run_protocol"},
     "wandb_run": {"run_protocol", "workdir"},
     "config": {
-        "diffusion", "models", "objective", "optim", "sharding", "tensorboard_run", "wandb_run",
+        "diffusion", "distributed", "models", "objective", "optim", "sharding", "tensorboard_run",
+        "wandb_run",
     },
-    "training_log": {"config", "flops", "run_logging", "tensorboard_run", "wandb_run"},
+    "training_log": {
+        "config", "distributed", "flops", "run_logging", "tensorboard_run", "wandb_run",
+    },
     "validation": {
-        "batch_encoder", "config", "diffusion", "models", "objective", "ops", "optim", "sharding",
-        "workdir",
+        "batch_encoder", "config", "diffusion", "distributed", "models", "objective", "ops", "optim",
+        "sharding", "workdir",
     },
-    "train_state": {"config", "models", "objective", "optim"},
+    "train_state": {"config", "models", "objective", "ops", "optim"},
     "sizes": {"config", "data", "encoders", "objective", "ops"},
     "batch_encoder": {"encoders"},
-    "pipeline": {"config", "diffusion", "encoders", "models", "sharding", "sizes"},
+    "pipeline": {
+        "config", "diffusion", "distributed", "encoders", "models", "sharding", "sizes",
+    },
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 AXES = ("data", "fsdp", "seq")
 BATCH_AXES = ("data", "fsdp")
@@ -50,6 +51,15 @@ def batch_axes(batch: int) -> tuple[str, ...]:
     choices = (BATCH_AXES, *((name,) for name in BATCH_AXES))
     fitting = (c for c in choices if batch % math.prod(shape[name] for name in c) == 0)
     return next(fitting, ())
+
+
+def cut_clips(x: jax.Array, axis: int) -> jax.Array:
+    """x, its clips along `axis` cut over the devices that share a batch; for outside of a device's
+    part, where the compiler would choose for itself."""
+    if mesh_shape() is None:
+        return x
+    spec = PartitionSpec(*(None,) * axis, batch_axes(x.shape[axis]))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 # Sums and means.
