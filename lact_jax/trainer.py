@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from lact_jax.interrupt import leave_on_signal
 from lact_jax.models.dit import abstract_params
 from lact_jax.optim import merge
 from lact_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated, state_shardings
-from lact_jax.sizes import check_shares, check_sizes, latent_size
+from lact_jax.sizes import check_shares, check_sizes
 from lact_jax.train_state import TrainState, init_state, make_train_step
 from lact_jax.training_log import Log, step_work
 from lact_jax.watch import Watch
@@ -113,7 +114,7 @@ class _Run:
         self.watch = Watch(
             config, data, codec, text, self.encode, self.mesh, folder, self.step, debug=debug
         )
-        work = step_work(config, latent_size(config, codec), self.mesh.devices)
+        work = functools.cache(lambda size: step_work(config, size, self.mesh.devices))
         self.log = Log(config, folder, self.step, work)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         step_fn = jax.jit(
@@ -153,9 +154,10 @@ class _Run:
         steps = self.config.train.steps
         self._look(interrupt)  # at what a kill or Ctrl-C left to do
         for batch in self._until(steps, interrupt):
-            self.state, metrics = self.train_step(self.state, *self.encode(batch))
+            latent, text = self.encode(batch)
+            self.state, metrics = self.train_step(self.state, latent, text)
             self.step += 1
-            self.log.push(self.step, metrics)
+            self.log.push(self.step, metrics, latent.shape[1:4])
             self._save(force=self.step == steps)
             self._look(interrupt)
         self._save(force=True)

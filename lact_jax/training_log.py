@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +39,22 @@ def step_work(
     )
 
 
+LatentSize = tuple[int, int, int]  # F, h, w of a batch
+
+
 class Log:
     """Every step's metrics to metrics.jsonl, the curves, the progress bar, TensorBoard and wandb.
 
     Metrics stay on the device until `flush`, so that logging does not make the step wait.
+
+    Args:
+      config: the run. workdir: its folder. step: where it starts.
+      work: of a step on latents of a size; batches may have several (`data.buckets`).
     """
 
-    def __init__(self, config: Config, workdir: Path, step: int, work: StepWork):
+    def __init__(
+        self, config: Config, workdir: Path, step: int, work: Callable[[LatentSize], StepWork]
+    ):
         self._train, self._workdir, self._work = config.train, workdir, work
         self._writer = MetricsWriter(workdir, step)
         self._bar = ProgressBar(config.train.steps, step)
@@ -53,12 +62,12 @@ class Log:
             tensorboard_run.start_run(config.tensorboard, workdir, step),
             wandb_run.start_run(config.wandb, workdir, dataclasses.asdict(config)),
         ]
-        self._waiting: list[tuple[int, Any]] = []
-        self._flushed = (step, time.monotonic())
+        self._waiting: list[tuple[int, Any, StepWork]] = []
+        self._since = time.monotonic()  # what waits was done
 
-    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step, as device arrays."""
-        self._waiting.append((step, metrics))
+    def push(self, step: int, metrics: Mapping[str, Any], latent_Fhw: LatentSize) -> None:
+        """Takes the metrics of a step on latents of this size, as device arrays."""
+        self._waiting.append((step, metrics, self._work(latent_Fhw)))
         if step % self._train.log_every == 0:
             self.flush()
         if step % self._train.plot_every == 0:
@@ -67,7 +76,7 @@ class Log:
 
     def flush(self) -> None:
         """Writes all that waits."""
-        for step, metrics in jax.device_get(self._waiting):
+        for step, metrics in jax.device_get([waiting[:2] for waiting in self._waiting]):
             layers = metrics.pop("layers")
             row = metrics | {f"layers/{name}": value for name, value in layers.items()}
             self._writer.write(step, row)
@@ -75,10 +84,10 @@ class Log:
             self._log(step, row)
         if self._waiting:
             step, now = self._waiting[-1][0], time.monotonic()
-            row = self._rates((step - self._flushed[0]) / max(now - self._flushed[1], 1e-9))
+            row = _rates([work for *_, work in self._waiting], max(now - self._since, 1e-9))
             self._writer.write_throughput(step, row)
             self._log(step, {f"throughput/{name}": value for name, value in row.items()})
-            self._flushed = (step, now)
+            self._since = now
         self._waiting = []
 
     @contextlib.contextmanager
@@ -87,8 +96,7 @@ class Log:
         self.flush()
         start = time.monotonic()
         yield
-        step, since = self._flushed
-        self._flushed = (step, since + time.monotonic() - start)
+        self._since += time.monotonic() - start
 
     @property
     def validated(self) -> int:
@@ -119,15 +127,6 @@ class Log:
             stack.callback(write_curves, self._workdir)
             self.flush()
 
-    def _rates(self, steps_per_second: float) -> dict[str, float]:
-        work = self._work
-        rates = {
-            "steps_per_second": steps_per_second,
-            "tokens_per_second": steps_per_second * work.tokens,
-            "tflops_per_second": steps_per_second * work.flops / 1e12,
-        }
-        return rates | ({"mfu": steps_per_second * work.flops / work.peak} if work.peak else {})
-
     def _log(self, step: int, row: Mapping[str, Any]) -> None:
         for run in self._runs:
             run.log(step, row)
@@ -135,3 +134,15 @@ class Log:
     def _show(self, step: int, images: Mapping[str, Path], videos: Mapping[str, Path]) -> None:
         for run in self._runs:
             run.show(step, images, videos)
+
+
+def _rates(steps: Sequence[StepWork], seconds: float) -> dict[str, float]:
+    """Of so many steps in so many seconds, each with the work of its own batch."""
+    flops_per_second = sum(work.flops for work in steps) / seconds
+    rates = {
+        "steps_per_second": len(steps) / seconds,
+        "tokens_per_second": sum(work.tokens for work in steps) / seconds,
+        "tflops_per_second": flops_per_second / 1e12,
+    }
+    peak = steps[0].peak
+    return rates | ({"mfu": flops_per_second / peak} if peak else {})

@@ -21,7 +21,13 @@ from lact_jax.training_log import Log, StepWork, step_work
 from lact_jax.validation import summary, write_heat_map
 from lact_jax.video_io import write_png, write_video
 
-WORK = StepWork(tokens=1000, flops=3e12, peak=100e12)
+SIZE = (6, 4, 4)
+
+
+def work(latent_Fhw):
+    """In proportion to the size; that of SIZE is 1000 tokens."""
+    part = np.prod(latent_Fhw) / np.prod(SIZE)
+    return StepWork(tokens=int(1000 * part), flops=3e12 * part, peak=100e12)
 
 
 def row(step):
@@ -36,7 +42,7 @@ def row(step):
     }
 
 
-def make_log(workdir, step=0, work=WORK, **changes):
+def make_log(workdir, step=0, **changes):
     return Log(tiny_config(**{"train__steps": 6, "train__log_every": 2, **changes}), workdir, step,
                work)  # fmt: skip
 
@@ -63,7 +69,7 @@ def read_events(folder):
 def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
     log = make_log(tmp_path)
     for step in range(1, 6):
-        log.push(step, row(step))
+        log.push(step, row(step), SIZE)
     log.close()
     curves, _ = read_events(tmp_path / "tensorboard")
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -84,15 +90,15 @@ def test_throughput_counts_tokens_and_flops_and_no_pauses(tmp_path, monkeypatch)
     clock = types.SimpleNamespace(monotonic=lambda: now.seconds)
     monkeypatch.setattr(training_log, "time", clock)
     log = make_log(tmp_path)
-    log.push(1, row(1))
+    log.push(1, row(1), SIZE)
     now.seconds += 4  # two steps
-    log.push(2, row(2))
+    log.push(2, row(2), SIZE)
     now.seconds += 1
-    log.push(3, row(3))
+    log.push(3, row(3), SIZE)
     with log.untimed():
         now.seconds += 1000
     now.seconds += 2
-    log.push(4, row(4))
+    log.push(4, row(4), SIZE)
     log.close()
     written = read_metrics(tmp_path / "throughput.jsonl")
     assert [(r["step"], r["steps_per_second"]) for r in written] == [(2, 0.5), (3, 1), (4, 0.5)]
@@ -100,6 +106,21 @@ def test_throughput_counts_tokens_and_flops_and_no_pauses(tmp_path, monkeypatch)
         assert r["tokens_per_second"] == pytest.approx(1000 * r["steps_per_second"])
         assert r["tflops_per_second"] == pytest.approx(3 * r["steps_per_second"])
         assert r["mfu"] == pytest.approx(0.03 * r["steps_per_second"])
+
+
+def test_each_batch_counts_with_its_own_size(tmp_path, monkeypatch):
+    now = types.SimpleNamespace(seconds=0.0)
+    clock = types.SimpleNamespace(monotonic=lambda: now.seconds)
+    monkeypatch.setattr(training_log, "time", clock)
+    log = make_log(tmp_path)
+    log.push(1, row(1), SIZE)
+    now.seconds += 4
+    log.push(2, row(2), (6, 4, 12))
+    log.close()
+    (written,) = read_metrics(tmp_path / "throughput.jsonl")
+    assert written["steps_per_second"] == 0.5
+    rates = [written[f"{name}_per_second"] for name in ("tokens", "tflops")]
+    assert [*rates, written["mfu"]] == pytest.approx([1000, 3, 0.03])
 
 
 def test_without_a_known_peak_there_is_no_utilisation():
@@ -122,7 +143,7 @@ def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
 
 def test_switched_off_there_is_no_folder(tmp_path):
     log = make_log(tmp_path, tensorboard__enabled=False)
-    log.push(1, row(1))
+    log.push(1, row(1), SIZE)
     log.close()
     assert not (tmp_path / "tensorboard").exists()
 
@@ -150,7 +171,7 @@ def test_a_validation_goes_to_its_file_to_tensorboard_and_to_wandb(tmp_path, wan
     log = make_log(tmp_path, wandb__mode="offline")
     picture = write_heat_map(tmp_path, loss_VW, 3)
     log.validation(3, summary(loss_VW, 4), picture)
-    log.push(4, row(4))
+    log.push(4, row(4), SIZE)
     log.close()
     (written,) = read_metrics(tmp_path / "validation.jsonl")
     assert written["step"] == 3 and written["loss_by_noise_and_chunk"] == loss_VW.tolist()
@@ -173,7 +194,7 @@ def test_samples_go_to_tensorboard_as_a_sheet_and_to_wandb_as_videos(tmp_path, w
     write_png(sheet, np.full((8, 12, 3), 70, np.uint8))
     log = make_log(tmp_path, wandb__mode="offline")
     log.samples(2, sheet, {"a cat": clip})
-    log.push(3, row(3))
+    log.push(3, row(3), SIZE)
     log.close()
     _, pictures = read_events(tmp_path / "tensorboard")
     assert pictures["samples"] == {2: sheet.read_bytes()}
@@ -191,7 +212,7 @@ def test_wandb_itself_keeps_pictures_and_clips(tmp_path, monkeypatch):
     write_video(clip, np.zeros((4, 32, 32, 3), np.uint8), fps=8)
     for step in (1, 2):
         log = make_log(tmp_path, step=step - 1, wandb__mode="offline")
-        log.push(step, row(step))
+        log.push(step, row(step), SIZE)
         log.samples(step, sheet, {"a cat": clip})
         log.close()
     name = (tmp_path / "wandb_id.txt").read_text().strip()
@@ -203,9 +224,9 @@ def test_wandb_itself_keeps_pictures_and_clips(tmp_path, monkeypatch):
 def test_metrics_wait_on_the_device_until_they_are_due(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     log = make_log(tmp_path)
-    log.push(1, row(1))
+    log.push(1, row(1), SIZE)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    log.push(2, row(2))
+    log.push(2, row(2), SIZE)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["skipped"] is True
