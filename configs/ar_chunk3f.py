@@ -34,8 +34,10 @@ def get_config():
     config.text.name = "umt5"
     config.text.options = ConfigDict({"path": folder, "cache_dir": "runs/cache/umt5"})
     config.data.update(
-        name="video_folder", num_frames=81, height=480, width=832, fps=16.0, batch_size=1
-    )
+        name="video_folder", num_frames=81, height=480, width=832, fps=16.0, batch_size=1,
+        holdout=16,
+    )  # fmt: skip
+    config.validation.update(every=500, num_clips=16)  # all that are held out
 
     config.train.update(
         steps=10_000,

@@ -25,5 +25,6 @@ def get_config():
         log_every=50,
         plot_every=500,
     )
+    config.validation.update(every=500, num_clips=32)  # all that are held out
     config.sample.update(steps=50, guidance_scale=3.0)
     return config

@@ -51,8 +51,14 @@ class Watch:
         self._options, self._workdir = config.validation, workdir
         self._validate = self._sample = None
         if self._options.every:
-            clips = make_dataset(data, validation_config(config), codec, text, split="validation")
-            self._validate = Validator(config, clips, encoder, mesh, fewer=debug)
+            try:
+                clips = make_dataset(data, validation_config(config), codec, text, "validation")
+                self._validate = Validator(config, clips, encoder, mesh, fewer=debug)
+            except ValueError as error:
+                raise ValueError(
+                    f"validation.every={self._options.every}: {error}. To train without "
+                    "validation, give --config.validation.every=0"
+                ) from error
         if self._options.sample_every:
             self._sample = LoopSampler(config, codec, text, workdir, step)
 

@@ -1,6 +1,7 @@
 """Every file in configs/ parses, its model builds (abstractly), and ar_chunk3f is the recipe."""
 
 import importlib
+import types
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from lact_jax.config import Config, parse
+from lact_jax.data import synthetic_dataset
 from lact_jax.models.dit import abstract_params
 from lact_jax.objective import ObjectiveConfig
 from lact_jax.sharding import AXES, make_mesh
@@ -54,6 +56,18 @@ def test_its_chunks_and_patches_divide_its_clips(name):
     assert data.height % 16 == 0 and data.width % 16 == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_clips_are_held_out_as_it_validates_on(name):
+    config = load(name)
+    codec = types.SimpleNamespace(temporal_stride=4, spatial_stride=8)
+    if config.data.name == "synthetic":
+        _, drawn = synthetic_dataset.folders(config, codec)["validation"]
+        held_out = drawn.num_shapes + drawn.num_rings
+    else:
+        held_out = config.data.holdout
+    assert config.validation.num_clips <= held_out
+
+
 def test_ar_chunk3f_is_the_official_recipe():
     config = load("ar_chunk3f")
     model, lact, train = config.model, config.model.lact[0], config.train
@@ -90,13 +104,9 @@ def test_ar_chunk3f_sp_changes_only_what_its_recipe_says():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_mesh_is_made_or_said_not_to_be_there_yet(name):
-    mesh = load(name).mesh
-    if mesh.seq == 1:
-        assert make_mesh(mesh).axis_names == AXES
-    else:
-        with pytest.raises(ValueError, match=r"mesh\.seq=-1: sequence sharding is not there yet"):
-            make_mesh(mesh)
+def test_its_mesh_takes_all_devices(name):
+    mesh = make_mesh(load(name).mesh)
+    assert mesh.axis_names == AXES and mesh.size == jax.device_count()
 
 
 @pytest.mark.parametrize(

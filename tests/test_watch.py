@@ -10,10 +10,12 @@ import pytest
 from imageio.v3 import imread
 from run_fixtures import assert_same_end, quick_train, tiny_config
 
-from lact_jax import loop_samples, trainer, watch
+from lact_jax import loop_samples, watch
+from lact_jax.batch_encoder import BatchEncoder
 from lact_jax.checkpoint import complete_steps
 from lact_jax.loop_samples import LoopSampler, finished_steps
 from lact_jax.run_logging import read_metrics
+from lact_jax.sharding import batch_sharding
 from lact_jax.trainer import make_parts
 from lact_jax.validation import Validator
 from lact_jax.video_io import read_video
@@ -168,21 +170,26 @@ def test_debug_validates_on_random_clips(tmp_path):
     assert [(row["step"], row["num_clips"]) for row in rows] == [(1, 4)]
 
 
-def test_a_data_set_without_held_out_clips_is_an_error_before_the_first_step(
-    tmp_path, data_folder, monkeypatch
-):
-    monkeypatch.setattr(trainer, "make_train_step", None)
+def make_watch(config, workdir):
+    """As a run makes it before its first step."""
+    codec, text, mesh = make_parts(config)
+    encoder = BatchEncoder(codec, text, batch_sharding(mesh))
+    return watch.Watch(config, config.data.name, codec, text, encoder, mesh, workdir, 0)
+
+
+def test_a_data_set_without_held_out_clips_is_an_error(tmp_path, data_folder):
     config = tiny_config(
         data_folder, data__name="video_folder", data__options={}, validation__every=2
     )
-    with pytest.raises(ValueError, match=r"held out.*data\.holdout"):
-        quick_train(config, tmp_path / "run")
+    fixes = r"held out .*--config\.data\.holdout=16.*--config\.validation\.every=0"
+    with pytest.raises(ValueError, match=fixes):
+        make_watch(config, tmp_path)
 
 
 def test_too_few_held_out_clips_are_an_error(tmp_path, data_folder):
     config = watched_config(data_folder, validation__num_clips=3)
     with pytest.raises(ValueError, match=r"num_clips=3, but .*'synthetic' has 2 clips"):
-        quick_train(config, tmp_path / "run")
+        make_watch(config, tmp_path)
 
 
 def test_a_missing_prompt_file_and_missing_prompts_are_errors(tmp_path, data_folder):
@@ -193,7 +200,7 @@ def test_a_missing_prompt_file_and_missing_prompts_are_errors(tmp_path, data_fol
         data_folder, validation__sample_every=2, validation__prompts_file=file
     )
     with pytest.raises(FileNotFoundError, match="none.txt: no such prompt file"):
-        quick_train(config, tmp_path / "run")
+        make_watch(config, tmp_path)
 
 
 def test_a_missing_key_does_not_claim_the_workdir(tmp_path, data_folder, monkeypatch):

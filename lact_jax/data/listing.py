@@ -115,8 +115,8 @@ def list_clips(
 
     Raises:
       FileNotFoundError: no such folder, or no video in it.
-      ValueError: videos without caption unless asked for, captions without video (all listed), two kinds of
-        captions, or a line that can't be read.
+      ValueError: videos without caption unless asked for, captions without video (all listed),
+        two kinds of captions, or a line that can't be read.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder of videos")

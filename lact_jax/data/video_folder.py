@@ -282,8 +282,8 @@ def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> gra
         raise ValueError("data.path is empty: give the folder of videos")
     if split == "validation" and not data.holdout:
         raise ValueError(
-            f"{data.path}: no clips are held out for validation: data.holdout=0. Say how many, such "
-            "as --config.data.holdout=16 (which ones depends on their names)"
+            f"{data.path}: no clips are held out for validation (data.holdout=0): say how many, "
+            "such as --config.data.holdout=16"
         )
     options = dict(data.options)
     if unknown := sorted(set(options) - {"shuffle"}):
