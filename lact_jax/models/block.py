@@ -16,8 +16,8 @@ from lact_jax.models.full_attention import FullAttention
 from lact_jax.models.gla import GatedLinearAttention
 from lact_jax.models.lact import LaCT
 from lact_jax.models.layers import MLP, AffineLayerNorm, RMSNorm, gelu_tanh, layer_norm, linear
+from lact_jax.models.mixer import attend_chunks
 from lact_jax.models.window import WindowAttention
-from lact_jax.ops.attention import attend
 
 # Mixer name -> module; mixer.py says what a mixer is.
 MIXERS = {
@@ -40,15 +40,30 @@ class CrossAttention(nnx.Module):
         self.norm_k = RMSNorm(dim, config.eps)
 
     def _heads(self, x):
-        return rearrange(x, "b s (n k) -> b s n k", n=self.num_heads)
+        return rearrange(x, "... (n k) -> ... n k", n=self.num_heads)
 
     def text_kv(self, text_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of the text, (B, L, N, K) each: computed once a clip."""
         return self._heads(self.norm_k(self.k(text_BLD))), self._heads(self.v(text_BLD))
 
-    def __call__(self, x_BSD: jax.Array, text_kv: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BSNK = self._heads(self.norm_q(self.q(x_BSD)))
-        return self.o(rearrange(attend(q_BSNK, *text_kv), "b s n k -> b s (n k)"))
+    def __call__(self, x_BCSD: jax.Array, text_kv: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BCSNK = self._heads(self.norm_q(self.q(x_BCSD)))
+        k_BCLNK, v_BCLNK = (copy_for_chunks(x, x_BCSD.shape[1]) for x in text_kv)
+        o_BCSNK = attend_chunks(q_BCSNK, k_BCLNK, v_BCLNK)
+        return self.o(rearrange(o_BCSNK, "b c s n k -> b c s (n k)"))
+
+
+def copy_for_chunks(x_BLNK: jax.Array, chunks: int) -> jax.Array:
+    """A copy of the text's keys or values for every chunk: (B, C, L, N, K).
+
+    Chunks could share them in one call, but a fused backward pass runs in parallel over keys and
+    heads alone: 512 keys leave most of a large device idle. The copies are made in float32, so that
+    their gradients are added in float32.
+    """
+    copies = jnp.broadcast_to(
+        x_BLNK.astype(jnp.float32)[:, None], (x_BLNK.shape[0], chunks, *x_BLNK.shape[1:])
+    )
+    return copies.astype(x_BLNK.dtype)
 
 
 class Block(nnx.Module):
@@ -79,15 +94,13 @@ class Block(nnx.Module):
         """
         e = (e0_BC6D + self.modulation[...])[:, :, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, i] for i in range(6))
-        chunks = x_BCSD.shape[1]
         y = (layer_norm(x_BCSD, self.eps) * (1 + scale1) + shift1).astype(self.dtype)
         with jax.named_scope("self_attention"):
             y, aux = mix(self.self_attn, y)
         x_BCSD = x_BCSD + gate1 * y
-        y = rearrange(self.norm3(x_BCSD).astype(self.dtype), "b c s d -> b (c s) d")
         with jax.named_scope("cross_attention"):
-            y = self.cross_attn(y, text_kv)
-        x_BCSD = x_BCSD + rearrange(y, "b (c s) d -> b c s d", c=chunks).astype(jnp.float32)
+            y = self.cross_attn(self.norm3(x_BCSD).astype(self.dtype), text_kv)
+        x_BCSD = x_BCSD + y.astype(jnp.float32)
         y = (layer_norm(x_BCSD, self.eps) * (1 + scale2) + shift2).astype(self.dtype)
         with jax.named_scope("ffn"):
             y = checkpoint_name(self.ffn(y), "ffn")

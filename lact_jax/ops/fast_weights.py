@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lact_jax.ops.numerics import l2_norm, matmul_precision
@@ -23,6 +24,9 @@ from lact_jax.ops.parallel import sum_over_tokens
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-5
 MUON_EPS = 1e-7
+
+# Of (w0 x, w2 x) as (..., 2, H): which half is the gate.
+_IS_GATE_21 = np.array([[True], [False]])
 
 
 class FastWeights(NamedTuple):
@@ -100,17 +104,101 @@ def _sum_of_outer_bwd(residuals, grad_BMXY):
 _sum_of_outer.defvjp(_sum_of_outer_fwd, _sum_of_outer_bwd)
 
 
-def _hidden(w02_BMGE: jax.Array, x_BMSE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(w0 x, w2 x), upcast to float32 for the nonlinearity."""
+def _hidden(w02_BMGE: jax.Array, x_BMSE: jax.Array) -> jax.Array:
+    """w0 x beside w2 x: (B, M, S, 2H), in x's dtype."""
     gu_BMSG = _einsum("bmse,bmge->bmsg", x_BMSE, w02_BMGE.astype(x_BMSE.dtype))
-    g_BMSH, u_BMSH = jnp.split(gu_BMSG, 2, axis=-1)
-    return g_BMSH.astype(jnp.float32), u_BMSH.astype(jnp.float32)
+    return checkpoint_name(gu_BMSG, "hidden")
+
+
+def _gate_and_up(gu_BMSG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(w0 x, w2 x), upcast to float32 for the nonlinearity."""
+    g_BMSH, u_BMSH = jnp.split(gu_BMSG.astype(jnp.float32), 2, axis=-1)
+    return g_BMSH, u_BMSH
+
+
+def _both_for_each_half(gu_BMSG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """g and u as `_gate_and_up`, each twice: (B, M, S, 2, H), at every place of (g, u).
+
+    What is computed from them for both halves is one elementwise pass over the joined array. XLA
+    runs a concatenation of this size as a kernel of its own, which reads and writes all once more;
+    a reversal it fuses.
+    """
+    own = gu_BMSG.astype(jnp.float32).reshape(*gu_BMSG.shape[:-1], 2, -1)
+    other = jnp.flip(own, axis=-2)
+    return jnp.where(_IS_GATE_21, own, other), jnp.where(_IS_GATE_21, other, own)
+
+
+def _silu_and_derivatives(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """silu(x) = x sigmoid(x), its first and its second derivative."""
+    sigmoid = jax.nn.sigmoid(x)
+    slope = sigmoid * (1 + x * (1 - sigmoid))
+    curvature = sigmoid * (1 - sigmoid) * (2 + x * (1 - 2 * sigmoid))
+    return x * sigmoid, slope, curvature
+
+
+# The nonlinearity and its gradient have backward passes of their own: what they keep are matmul
+# results in the inputs' dtype, not float32 intermediates, and the cotangent of both halves of
+# (w0 x, w2 x) is written once, as the matmuls after it read it.
+
+
+@jax.custom_vjp
+def _swiglu(gu_BMSG: jax.Array) -> jax.Array:
+    """h = silu(g) u, in the dtype of (g, u): (B, M, S, H)."""
+    g_BMSH, u_BMSH = _gate_and_up(gu_BMSG)
+    return (jax.nn.silu(g_BMSH) * u_BMSH).astype(gu_BMSG.dtype)
+
+
+def _swiglu_fwd(gu_BMSG):
+    return _swiglu(gu_BMSG), gu_BMSG
+
+
+def _swiglu_bwd(gu_BMSG, dh_BMSH):
+    g, u = _both_for_each_half(gu_BMSG)
+    silu, slope, _ = _silu_and_derivatives(g)
+    dh_BMS1H = dh_BMSH.astype(jnp.float32)[..., None, :]
+    dgu = dh_BMS1H * jnp.where(_IS_GATE_21, u * slope, silu)
+    return (dgu.astype(gu_BMSG.dtype).reshape(gu_BMSG.shape),)
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+@jax.custom_vjp
+def _swiglu_gradient(gu_BMSG: jax.Array, dh_BMSH: jax.Array) -> tuple[jax.Array, ...]:
+    """(h, dg, du) from (g, u) and dh, all in their dtype: h = silu(g) u, dg = dh u silu'(g),
+    du = dh silu(g)."""
+    g, u = _gate_and_up(gu_BMSG)
+    dh = dh_BMSH.astype(jnp.float32)
+    silu, slope, _ = _silu_and_derivatives(g)
+    return tuple(x.astype(gu_BMSG.dtype) for x in (silu * u, dh * u * slope, dh * silu))
+
+
+def _swiglu_gradient_fwd(gu_BMSG, dh_BMSH):
+    return _swiglu_gradient(gu_BMSG, dh_BMSH), (gu_BMSG, dh_BMSH)
+
+
+def _swiglu_gradient_bwd(residuals, cotangents):
+    gu_BMSG, dh_BMSH = residuals
+    dh, to_h, to_dg, to_du = (x.astype(jnp.float32) for x in (dh_BMSH, *cotangents))
+    g, u = _gate_and_up(gu_BMSG)
+    silu, slope, _ = _silu_and_derivatives(g)
+    to_dh_BMSH = to_dg * u * slope + to_du * silu
+
+    g, u = _both_for_each_half(gu_BMSG)
+    dh, to_h, to_dg, to_du = (x[..., None, :] for x in (dh, to_h, to_dg, to_du))
+    silu, slope, curvature = _silu_and_derivatives(g)
+    to_g = to_h * u * slope + dh * (to_dg * u * curvature + to_du * slope)
+    to_u = to_h * silu + dh * to_dg * slope
+    to_gu = jnp.where(_IS_GATE_21, to_g, to_u).astype(gu_BMSG.dtype).reshape(gu_BMSG.shape)
+    return to_gu, to_dh_BMSH.astype(dh_BMSH.dtype)
+
+
+_swiglu_gradient.defvjp(_swiglu_gradient_fwd, _swiglu_gradient_bwd)
 
 
 def read(weights: FastWeights, q_BMTE: jax.Array) -> jax.Array:
     """f(q) for every query: (B, M, T, E), in q's dtype."""
-    g_BMTH, u_BMTH = _hidden(weights.w02_BMGE, q_BMTE)
-    h_BMTH = (jax.nn.silu(g_BMTH) * u_BMTH).astype(q_BMTE.dtype)
+    h_BMTH = _swiglu(_hidden(weights.w02_BMGE, q_BMTE))
     return _einsum("bmth,bmeh->bmte", h_BMTH, weights.w1_BMEH.astype(q_BMTE.dtype))
 
 
@@ -122,15 +210,10 @@ def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
     k_BMSE, v_BMSE = chunk.k_BMSE, chunk.v_BMSE
     dtype = k_BMSE.dtype
     lr0_BMS1, lr1_BMS1, lr2_BMS1 = jnp.split(chunk.lr_BMS3.astype(jnp.float32), 3, axis=-1)
-    g_BMSH, u_BMSH = _hidden(weights.w02_BMGE, k_BMSE)
+    gu_BMSG = _hidden(weights.w02_BMGE, k_BMSE)
     dh_BMSH = _einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
-    dh_BMSH = dh_BMSH.astype(jnp.float32)
-    sigmoid_BMSH = jax.nn.sigmoid(g_BMSH)
-    silu_BMSH = g_BMSH * sigmoid_BMSH
-    dsilu_BMSH = sigmoid_BMSH * (1 + g_BMSH * (1 - sigmoid_BMSH))
-    h_BMSH = (silu_BMSH * u_BMSH).astype(dtype)
-    dg_BMSH = (dh_BMSH * u_BMSH * dsilu_BMSH).astype(dtype)
-    du_BMSH = (dh_BMSH * silu_BMSH).astype(dtype)
+    dh_BMSH = checkpoint_name(dh_BMSH, "hidden")
+    h_BMSH, dg_BMSH, du_BMSH = _swiglu_gradient(gu_BMSG, dh_BMSH)
     dw0_BMHE = _sum_of_outer(dg_BMSH, (lr0_BMS1 * k_BMSE).astype(dtype))
     dw1_BMEH = _sum_of_outer((lr1_BMS1 * v_BMSE).astype(dtype), h_BMSH)
     dw2_BMHE = _sum_of_outer(du_BMSH, (lr2_BMS1 * k_BMSE).astype(dtype))
@@ -167,7 +250,7 @@ def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -
 
     `initial` holds the weights at the start of the sequence, whose row norms weight norm keeps.
     """
-    step = sum_over_tokens(gradient(state.weights, chunk))
+    step = checkpoint_name(sum_over_tokens(gradient(state.weights, chunk)), "update")
     last_update = None
     if rule.momentum:
         m_BM11 = chunk.momentum_BM.astype(jnp.float32)[..., None, None]
@@ -183,8 +266,17 @@ def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -
     return State(weights, last_update)
 
 
+# What the backward pass of a chunk finds saved with `keep_hidden`, instead of computing it again.
+_KEPT = jax.checkpoint_policies.save_only_these_names("hidden", "update")
+
+
 def scan_chunks(
-    initial: FastWeights, chunks_C: Chunk, queries_C: tuple[jax.Array, ...], rule: UpdateRule
+    initial: FastWeights,
+    chunks_C: Chunk,
+    queries_C: tuple[jax.Array, ...],
+    rule: UpdateRule,
+    *,
+    keep_hidden: bool = False,
 ) -> tuple[State, tuple[jax.Array, ...]]:
     """Updates with every clean chunk in turn and reads after each update.
 
@@ -194,14 +286,16 @@ def scan_chunks(
       queries_C: streams of queries (C, B, M, T, E); chunk c of each reads the weights that clean
         chunk c has just updated. Streams stay apart because joining and slicing them costs copies.
       rule: the update rule.
+      keep_hidden: keep what the matmuls of the hidden width gave, (3H + 2H for each stream) numbers
+        a token in the inputs' dtype, and the raw updates, for the backward pass. Without it that
+        pass computes every chunk again from its inputs and the weights before it, which is the
+        better choice where the layer around it is rematerialised.
 
     Returns:
       The final state and one output (C, B, M, T, E) for each stream.
     """
 
-    # The backward pass computes a chunk again from its inputs and the weights before it: keeping
-    # the float32 hidden activations of every chunk costs more time in copies.
-    @partial(jax.checkpoint, prevent_cse=False)
+    @partial(jax.checkpoint, policy=_KEPT if keep_hidden else None, prevent_cse=False)
     def step(state, inputs):
         chunk, queries = inputs
         state = update(state, chunk, initial, rule)
@@ -210,4 +304,7 @@ def scan_chunks(
     def body(state, inputs):
         return checkpoint_name(step(state, inputs), "fast_weights")
 
-    return jax.lax.scan(body, initial_state(initial, rule), (chunks_C, queries_C))
+    # Without a loop, what is kept is not copied into and out of arrays of all chunks.
+    return jax.lax.scan(
+        body, initial_state(initial, rule), (chunks_C, queries_C), unroll=keep_hidden
+    )

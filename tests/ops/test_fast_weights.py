@@ -162,6 +162,75 @@ def test_rows_of_zeros_have_finite_gradients():
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-3, rtol=1e-2)
 
 
+def plain_sequence(matrices, chunks, queries):
+    """The definition with its update by jax.grad, so that its own gradient is a second one."""
+
+    def f(w0, w1, w2, x):
+        return (jax.nn.silu(x @ w0.mT) * (x @ w2.mT)) @ w1.mT
+
+    def loss(which, matrix, weights, chunk):
+        weights = (*weights[:which], matrix, *weights[which + 1 :])
+        products = jnp.sum(f(*weights, chunk.k_BMSE) * chunk.v_BMSE, axis=-1)
+        return jnp.sum(chunk.lr_BMS3[..., which] * products)
+
+    weights, outputs = matrices, []
+    for c in range(CHUNKS):
+        chunk = jax.tree.map(lambda x, c=c: x[c], chunks)
+        steps = [jax.grad(loss, argnums=1)(i, w, weights, chunk) for i, w in enumerate(weights)]
+        weights = tuple(w + step for w, step in zip(weights, steps, strict=True))
+        outputs.append(tuple(f(*weights, q[c]) for q in queries))
+    return tuple(jnp.stack(stream) for stream in zip(*outputs, strict=True))
+
+
+@pytest.mark.usefixtures("float32_matmuls")
+@pytest.mark.parametrize("keep_hidden", [False, True])
+def test_gradients_of_a_sequence_are_those_that_jax_derives(keep_hidden):
+    rng = np.random.default_rng(8)
+    matrices, chunks = random_weights(rng), random_chunk(rng, CHUNKS)
+    chunks = chunks._replace(momentum_BM=None)
+    queries = normal(rng, CHUNKS, B, M, S, E), normal(rng, CHUNKS, B, M, 2 * S, E)
+    cotangents = tuple(normal(rng, *q.shape) for q in queries)
+    rule = fw.UpdateRule(weight_norm=False)
+
+    def ours(matrices, chunks, queries):
+        initial = fw.from_matrices(*matrices)
+        return fw.scan_chunks(initial, chunks, queries, rule, keep_hidden=keep_hidden)[1]
+
+    def gradients(function):
+        def run(*args):
+            outputs, transpose = jax.vjp(function, *args)
+            return outputs, transpose(cotangents)
+
+        return jax.jit(run)(matrices, chunks, queries)
+
+    got, want = (jax.tree.leaves(gradients(function)) for function in (ours, plain_sequence))
+    for mine, derived in zip(got, want, strict=True):
+        assert relative_error(mine, derived) < 3e-5
+
+
+def test_keeping_hidden_activations_spares_their_matmuls_and_keeps_them_in_bfloat16():
+    rule, _, arguments = bfloat16_case()
+
+    def run(keep_hidden):
+        def outputs(*args):
+            return fw.scan_chunks(*args, rule, keep_hidden=keep_hidden)[1]
+
+        _, transpose = jax.vjp(outputs, *arguments)
+        cotangents = tuple(jnp.ones_like(q) for q in arguments[2])
+        residuals = [x for x in jax.tree.leaves(transpose) if x.shape[-1] in (H, 2 * H)]
+        hidden = [x for x in residuals if x.shape[-2] in (S, 64)]
+        return len(dot_generals(jax.make_jaxpr(transpose)(cotangents).jaxpr)), hidden
+
+    (again, none), (kept, hidden) = run(False), run(True)
+    # Two products of the hidden width and three outer ones to update, one product to read.
+    assert again - kept == 2 + 3 + 1
+    assert none == []
+    assert sorted(x.shape for x in hidden) == sorted(
+        [(CHUNKS, B, M, 64, 2 * H), (CHUNKS, B, M, 64, H), (CHUNKS, B, M, S, 2 * H)]
+    )
+    assert all(x.dtype == jnp.bfloat16 for x in hidden)
+
+
 def loss_of_sequence(rule, initial, chunks, queries):
     state, outputs = fw.scan_chunks(initial, chunks, queries, rule)
     first = fw.read(initial, queries[0][0])
