@@ -1,13 +1,22 @@
-"""Encode, train on it, stop, go on, sample: like one run without a stop."""
+"""Encode, train, validate, sample, on drawn videos and on a folder of odd ones.
+
+Each phase is stopped once and gone on with, and all ends as if it had not been.
+"""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
+from odd_videos import KINDS, pictures, write, write_still, write_turned
 from run_fixtures import assert_same_end, quick_train, quickly_compiled, restore, tiny_config
 
 from lact_jax.data.encoding import encode_dataset
 from lact_jax.encoders import make_codec, make_text_encoder
 from lact_jax.generate import generate
+from lact_jax.run_logging import read_metrics
+from lact_jax.validation import Validator
 from lact_jax.video_io import read_video
 
 pytest_plugins = ["run_plugin"]
@@ -15,29 +24,73 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, data_folder):
-    """The six clips of the other runs' tests, encoded."""
-    folder, config = tmp_path_factory.mktemp("encoded") / "dataset", tiny_config()
-    codec = make_codec(config.codec.name, **config.codec.options)
-    text = make_text_encoder(config.text.name, **config.text.options)
-    with quickly_compiled():
-        encode_dataset(config, codec, text, src=str(data_folder), dst=folder, shard_size=4)
+def odd_folder(tmp_path_factory) -> Path:
+    """Six videos of 1.6 s that can be used, all odd, and four files that can't."""
+    folder, frames = tmp_path_factory.mktemp("odd") / "videos", pictures(16)
+    folder.mkdir()
+    for name in ("h264_10bit.mp4", "plain.gif", "sound.mkv", "vp9.webm"):
+        KINDS[name](folder / name, frames)
+    write_turned(folder / "portrait.mp4", frames, "90 clockwise")
+    write(folder / "sizes.mkv", pictures(16, 33, 47), pixels="yuv444p")
+    write(folder / "uncaptioned.mp4", frames)
+    write(folder / "short.mp4", frames[:5])
+    write_still(folder / "cover.png", frames[0])
+    (folder / "broken.mp4").write_text("not a video")
+    captioned = sorted({file.name for file in folder.iterdir()} - {"uncaptioned.mp4", "cover.png"})
+    rows = (json.dumps({"file": name, "caption": f"a {name}"}) for name in captioned)
+    (folder / "captions.jsonl").write_text("\n".join(rows))
     return folder
 
 
-def encoded_config(folder, **changes):
-    return tiny_config(folder, data__name="encoded", **changes)
-
-
-def test_encode_train_resume_sample(dataset, tmp_path):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert quick_train(encoded_config(dataset, train__steps=5), whole) == 0
-    assert quick_train(encoded_config(dataset, train__steps=3), halves) == 0
-    position = restore(halves)[1]
-    assert json.loads(json.dumps(position)) == {"next_index": 3}
-    assert quick_train(encoded_config(dataset, train__steps=5, data__num_threads=2), halves) == 0
-    assert_same_end(halves, whole)
+def encode(src, dst):
+    """Encodes in shards of two, stopped in the third of them at first; returns the summary."""
+    config, asked = tiny_config(), iter(range(100))
+    codec = make_codec(config.codec.name, **config.codec.options)
+    text = make_text_encoder(config.text.name, **config.text.options)
+    options = {"src": str(src), "dst": dst, "holdout": 2, "shard_size": 2}
     with quickly_compiled():
-        generate(encoded_config(dataset), whole, ["a red circle"], tmp_path / "clips")
+        stopped = encode_dataset(config, codec, text, **options, stop=lambda: next(asked) == 5)
+        assert stopped is None
+        return encode_dataset(config, codec, text, **options)
+
+
+# Source -> its clips that are skipped, and what reads them in the run that is gone on with.
+SOURCES = {
+    "data_folder": (set(), {"num_threads": 4}),
+    "odd_folder": ({"broken.mp4", "short.mp4", "uncaptioned.mp4"}, {"num_workers": 1}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_encode_train_validate_sample(source, request, tmp_path, monkeypatch):
+    skipped, readers = SOURCES[source]
+    summary = encode(request.getfixturevalue(source), tmp_path / "dataset")
+    found = {name for split in summary.values() for name in split["skipped"]}
+    assert found == skipped and sum(split["num_kept"] for split in summary.values()) == 6
+
+    changes = {"data__name": "encoded", "train__steps": 4, "train__save_every": 2,
+               "validation__every": 2, "validation__num_clips": 1}  # fmt: skip
+    config = tiny_config(tmp_path / "dataset", **changes)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert quick_train(config, whole) == 0
+    call = Validator.__call__
+
+    def call_under_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return call(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validator, "__call__", call_under_signal)
+        assert quick_train(config, halves) == 130
+    assert json.loads(json.dumps(restore(halves)[1])) == {"next_index": 2}
+    other = {f"data__{name}": value for name, value in readers.items()}
+    assert quick_train(tiny_config(tmp_path / "dataset", **changes, **other), halves) == 0
+    assert_same_end(halves, whole)
+    rows = read_metrics(halves / "validation.jsonl")
+    assert rows == read_metrics(whole / "validation.jsonl")
+    assert [(row["step"], row["num_clips"]) for row in rows] == [(2, 1), (4, 1)]
+
+    with quickly_compiled():
+        generate(config, halves, ["a red circle"], tmp_path / "clips")
     (clip,) = json.loads((tmp_path / "clips" / "prompts.json").read_text())["clips"]
     assert read_video(tmp_path / "clips" / clip["file"], fps=16.0).shape == (21, 32, 32, 3)
