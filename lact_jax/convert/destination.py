@@ -143,6 +143,13 @@ def prepared_folder(
         yield folder
 
 
+def check_given(dst: str | Path | None, overwrite: bool, nbytes: int) -> None:
+    """What a dry run checks of a destination, where one is given. Raises as `prepared_folder`."""
+    if dst is not None:
+        check_free(Path(dst), overwrite)
+        check_space(Path(dst), nbytes)
+
+
 def check_space(dst: Path, nbytes: int) -> None:
     """Raises OSError unless `nbytes` fit on the disk of `dst`."""
     parent = next(p for p in dst.absolute().parents if p.exists())

@@ -112,6 +112,7 @@ def export_checkpoint(task: Export, dry_run: bool = False, log: Log = print) -> 
     nbytes = sum(tensor.nbytes for part in tensors.values() for tensor in part)
     log(f"{origin.description}: {', '.join(names)}, {nbytes / 1e9:.2f} GB")
     if dry_run:
+        destination.check_given(task.dst, task.overwrite, nbytes)
         return
     with (
         destination.prepared_folder(task.dst, task.overwrite, nbytes, log) as folder,

@@ -126,9 +126,10 @@ def import_checkpoint(task: Import, dry_run: bool = False, log: Log = print) -> 
     describe(plans, log)
     if "text" in plans and source.tokenizer is None:
         log("text: the source has no tokenizer; put tokenizer.json into DST/tokenizer")
-    if dry_run:
-        return
     nbytes = sum(plan.nbytes for plan in plans.values())
+    if dry_run:
+        destination.check_given(task.dst, task.overwrite, nbytes)
+        return
     with (
         destination.prepared_folder(task.dst, task.overwrite, nbytes, log) as folder,
         progress_bar(nbytes, "converting") as progress,

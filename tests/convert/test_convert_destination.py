@@ -39,6 +39,16 @@ def test_existing_destination(root):
     assert not (root / "out" / "old").exists()
 
 
+def test_a_dry_run_says_that_the_destination_is_taken(root):
+    convert(root)
+    for overwrite in (False, True):
+        task = Import(root / "src", root / "src", overwrite=overwrite)
+        with pytest.raises(FileExistsError, match="--dst=.*src"):
+            import_checkpoint(task, dry_run=True, log=lambda _: None)
+    import_checkpoint(Import(root / "src", root / "out2"), dry_run=True, log=lambda _: None)
+    assert names(root) == ["out", "src"]
+
+
 def test_other_folders_are_never_overwritten(root):
     (root / "out").mkdir()
     (root / "out" / "thesis.tex").write_text("years of work")
