@@ -46,9 +46,7 @@ ALLOWED = {
         "diffusion", "distributed", "models", "objective", "optim", "sharding", "tensorboard_run",
         "wandb_run",
     },
-    "training_log": {
-        "config", "distributed", "flops", "run_logging", "tensorboard_run", "wandb_run",
-    },
+    "training_log": {"config", "flops", "run_logging", "tensorboard_run", "wandb_run"},
     "validation": {
         "batch_encoder", "config", "diffusion", "distributed", "models", "objective", "ops", "optim",
         "sharding", "workdir",

@@ -1,0 +1,107 @@
+"""What a compiled program takes of each device: memory, FLOPs, and what it exchanges."""
+
+from dataclasses import dataclass
+
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh
+
+from lact_jax.flops import count_jaxpr_flops
+from lact_jax.hlo import Collective, collectives
+from lact_jax.planning.programs import Program, compile_for, device_bytes, trace
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A compiled program on one of its devices; bytes and FLOPs.
+
+    Attributes:
+      program: its name.
+      state: what it is given, by what that is; known exactly from shapes and shardings.
+      arguments: what it is given, as XLA counts it.
+      outputs: results that do not take the place of arguments.
+      updated: what it is given and writes anew.
+      gradients: of the parameters in float32, a part of `temporaries`.
+      kept: what the layers keep for the backward pass, a part of `temporaries`.
+      temporaries: all that it allocates while it runs.
+      model_flops: of its mathematics, an even share of it.
+      flops: of the matmuls that it computes, those that it repeats to save memory included.
+      collectives: what devices exchange.
+    """
+
+    program: str
+    state: dict[str, int]
+    arguments: int
+    outputs: int
+    updated: int
+    gradients: int
+    kept: int
+    temporaries: int
+    model_flops: int
+    flops: int
+    collectives: tuple[Collective, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the program needs at once."""
+        return self.arguments + self.outputs + self.temporaries
+
+    @property
+    def working(self) -> int:
+        """Temporaries that are neither gradients nor kept for the backward pass: activations of the
+        layer at hand, its gathered parameters, buffers of collectives."""
+        return self.temporaries - self.gradients - self.kept
+
+
+def _runs_backward(jaxpr) -> bool:
+    """Whether a loop over layers runs from the last to the first in it, as gradients do."""
+    return any(
+        (eqn.primitive.name == "scan" and eqn.params["reverse"])
+        or any(map(_runs_backward, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _nbytes(var) -> int:
+    return var.aval.size * var.aval.dtype.itemsize
+
+
+def kept_bytes(jaxpr) -> int:
+    """Bytes that the loops over layers of a training step hand from forward to backward pass.
+
+    They are the stacked results of the `scan`s that run from the first layer to the last. A scan
+    that holds a reversed one is a loop over microbatches, each of which has both passes.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(equation.params))
+        is_scan = equation.primitive.name == "scan"
+        if is_scan and equation.params["reverse"]:
+            continue
+        if is_scan and not any(map(_runs_backward, inner)):
+            total += sum(map(_nbytes, equation.outvars[equation.params["num_carry"] :]))
+        else:
+            total += sum(map(kept_bytes, inner))
+    return total
+
+
+def measure(program: Program, mesh: Mesh) -> Measured:
+    """Compiles a program for the devices of a mesh, which may be virtual ones."""
+    traced = trace(program, mesh)
+    jaxpr = traced.jaxpr.jaxpr
+    compiled = compile_for(traced, mesh)
+    memory = compiled.memory_analysis()
+    flops = count_jaxpr_flops(jaxpr)
+    asked = program.model_flops
+    return Measured(
+        program=program.name,
+        state={name: device_bytes(tree) for name, tree in program.groups.items()},
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        updated=device_bytes(program.updated),
+        gradients=device_bytes(program.gradients),
+        kept=kept_bytes(jaxpr) if program.gradients else 0,
+        temporaries=memory.temp_size_in_bytes,
+        model_flops=flops if asked is None else asked // mesh.size,
+        flops=flops,
+        collectives=tuple(collectives(compiled.as_text())),
+    )
