@@ -218,9 +218,11 @@ def sampling(folder: Path) -> dict:
 class Training:
     """A run of tiny_config on a mesh, its step compiled."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, accumulation: int = 1):
         # A large eps: with a small one Adam's first step is the gradient's sign, whatever its size.
-        config = tiny_config(data__batch_size=8, train__eps=1e-2)
+        config = tiny_config(
+            data__batch_size=8, train__eps=1e-2, train__accumulation=accumulation
+        )
         self.mesh = mesh_of(shape)
         abstract = jax.eval_shape(lambda: init_state(config))
         shardings = state_shardings(self.mesh, abstract, abstract_params(config.model))
@@ -275,7 +277,7 @@ def beside(run: Training, start: Any, whole: Any, expected: list) -> dict:
 
 def training(folder: Path) -> dict:
     """A checkpoint of (1, 8, 1) after a step goes on there and elsewhere; one device has gone all
-    the way alone."""
+    the way alone. (2, 2, 2) takes each batch in two parts."""
     one = Training(ONE)
     whole, expected = one.go_on(one.first(), range(3))
     eight = Training((1, 8, 1))
@@ -285,7 +287,8 @@ def training(folder: Path) -> dict:
     with Checkpointer(folder, 1, None) as checkpoints:
         checkpoints.save(1, saved, {}, {"step": 1}, force=True)
         for shape in (ONE, (1, 8, 1), (2, 2, 2), (8, 1, 1)):
-            run = {ONE: one, (1, 8, 1): eight}.get(shape) or Training(shape)
+            parts = 2 if shape == (2, 2, 2) else 1
+            run = {ONE: one, (1, 8, 1): eight}.get(shape) or Training(shape, parts)
             restored, _, _ = checkpoints.restore(run.wanted)
             same = jax.tree.map(np.array_equal, jax.device_get(restored), saved_values)
             table[str(shape)] = beside(run, restored, whole, expected[1:])
