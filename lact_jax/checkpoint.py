@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from lact_jax import checkpoint_tree as tree
+from lact_jax import distributed
 from lact_jax.checkpoint_tree import CheckpointError, CheckpointMismatchError, PyTree
 
 
@@ -113,7 +114,7 @@ class Checkpointer:
         Args:
           state: any tree of jax or numpy arrays, typed random keys included.
           data_state, meta: JSON values, given back equal (no tuples, no NaN, string keys only). The
-            main process's are written, so in a multi-process run they must be global.
+            main process's are written: those of several processes must be the same.
 
         Returns:
           True if a checkpoint was begun; False if none was due or the step is already there (a run
@@ -128,7 +129,7 @@ class Checkpointer:
             self.check()
             return False
         self.wait()
-        steps = self.all_steps()
+        steps = distributed.from_main(self.all_steps())
         if step in steps:
             return False
         if steps and steps[-1] > step:
@@ -166,7 +167,7 @@ class Checkpointer:
           CheckpointUnreadableError: damaged files; names the folder and the next older step.
         """
         self.wait()
-        step = _existing_step(self.directory, step)
+        step = distributed.from_main(_existing_step(self.directory, step))
         with _reading_errors(self.directory, step):
             saved = tree.saved_layout(self._manager, step)
             if abstract_state is None:
@@ -186,8 +187,8 @@ class Checkpointer:
         return complete_steps(self.directory)
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint on disk, None if there is none."""
-        return max(self.all_steps(), default=None)
+        """The newest complete checkpoint on disk, as process 0 sees it; None if there is none."""
+        return max(distributed.from_main(self.all_steps()), default=None)
 
     def check(self) -> None:
         """Raises CheckpointSaveError if a background save has failed; does not wait for one."""
@@ -257,7 +258,7 @@ def restore_params(
       As `Checkpointer.restore`; CheckpointMismatchError also if the state has no such field.
     """
     directory = Path(directory).absolute()
-    step = _existing_step(directory, step)
+    step = distributed.from_main(_existing_step(directory, step))
     manager = tree.open_manager(directory, read_only=True, save_interval_steps=0, create=False)
     with contextlib.closing(manager), _reading_errors(directory, step):
         layout = tree.saved_layout(manager, step)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 from absl import app, logging
 
+from lact_jax import distributed
 from lact_jax.checkpoint_tree import CheckpointError
 from lact_jax.workdir import WorkdirError
 
@@ -53,7 +55,10 @@ def _hide_closed_loops() -> None:
 
 
 def finish(main: Callable[[], int]) -> None:
-    """Runs `main` and exits with its status; an expected error ends with its message and 1."""
+    """Runs `main` and exits with its status; an expected error ends with its message and 1.
+
+    An error in a run of several processes ends this one at once; the others end when they see that.
+    """
     use_compilation_cache()
     _hide_closed_loops()
     logging.set_verbosity(logging.WARNING)  # Orbax tells dozens of lines about each checkpoint
@@ -61,11 +66,22 @@ def finish(main: Callable[[], int]) -> None:
         status = main()
     except KeyboardInterrupt:
         print("interrupted: finished clips and files are whole", file=sys.stderr)
-        status = 130
-    except EXPECTED as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
+        status = _failed(130)
+    except Exception as error:
+        expected = isinstance(error, EXPECTED) and not os.environ.get(TRACEBACK_VARIABLE)
+        if not (expected or jax.distributed.is_initialized()):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        print(f"(set {TRACEBACK_VARIABLE}=1 to see where)", file=sys.stderr)
-        status = 1
+        if expected:
+            print(f"error: {error}", file=sys.stderr)
+            print(f"(set {TRACEBACK_VARIABLE}=1 to see where)", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print("error: this process, or one that it exchanges with, failed", file=sys.stderr)
+        status = _failed(1)
     sys.exit(status)
+
+
+def _failed(status: int) -> int:
+    if jax.distributed.is_initialized():
+        distributed.leave_at_once(status)
+    return status

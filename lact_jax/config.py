@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from lact_jax.diffusion.sampler import SamplerConfig
+from lact_jax.distributed import DistributedConfig
 from lact_jax.models.dit import DiTConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.objective import ObjectiveConfig
@@ -61,6 +62,8 @@ class DataConfig:
       random_crop_space: where to cut what is too much is drawn too, in place of the centre.
       max_bad_files: unreadable files that are skipped before the run stops and names them.
       module: a user's data module, "package.module" (see data/data_module.py); it sets `name`.
+      share: (index, count): which of how many equal parts of a batch this process reads. The run
+        sets it from its mesh; () is a part for each process.
     """
 
     name: str = "video_folder"
@@ -80,6 +83,7 @@ class DataConfig:
     random_crop_space: bool = False
     max_bad_files: int = 100
     module: str = ""
+    share: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.module:
@@ -209,6 +213,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     validation: ValidationConfig = ValidationConfig()
     tensorboard: TensorboardOptions = TensorboardOptions()
     wandb: WandbOptions = WandbOptions()

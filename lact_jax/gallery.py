@@ -148,6 +148,8 @@ class Gallery:
         values that JSON can hold.
       fps: frames a second.
       columns: frames of each clip on the contact sheet.
+      lists: write page, list and contact sheet; of several processes that write clips into one
+        folder one does, and is told of the others' clips (`add_finished`).
 
     Entering it writes the empty page and list, so that a folder that can't be written to is an
     error before any sampling; leaving it, by an error too, writes the contact sheet.
@@ -162,6 +164,7 @@ class Gallery:
         *,
         fps: float = 16.0,
         columns: int = 8,
+        lists: bool = True,
     ) -> None:
         try:
             json.dumps(dict(settings))
@@ -171,6 +174,7 @@ class Gallery:
         self.settings = dict(settings)
         self.fps = fps
         self.columns = columns
+        self._lists = lists
         self._clips: dict[int, Clip] = {}
         self._opened = 0
 
@@ -179,7 +183,7 @@ class Gallery:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._clips:
+        if self._clips and self._lists:
             clips = self._finished()
             sheet = video_io.contact_sheet(
                 [clip.stills_THW3 for clip in clips],
@@ -189,18 +193,22 @@ class Gallery:
             video_io.write_png(self.out / "contact_sheet.png", sheet)
 
     @contextlib.contextmanager
-    def open_clip(self, prompt: str, num_frames: int) -> Iterator[ClipWriter]:
+    def open_clip(
+        self, prompt: str, num_frames: int, index: int | None = None
+    ) -> Iterator[ClipWriter]:
         """A writer for a clip of `num_frames` frames; several may be open at once.
 
-        The clip's place in the gallery is the order of opening. On leaving, the file is put in
-        place whole and the page and list name it; after an error inside, nothing is written.
+        The clip's place in the gallery is `index`, by default the order of opening. On leaving, the
+        file is put in place whole and the page and list name it; after an error inside, nothing is
+        written.
 
         Raises ValueError for num_frames < 1, where another number of frames was written, and for
         frames that `video_io.write_video` refuses.
         """
         if num_frames < 1:
             raise ValueError(f"a clip has at least one frame, got num_frames={num_frames}")
-        index, self._opened = self._opened, self._opened + 1
+        index = self._opened if index is None else index
+        self._opened += 1
         name = clip_name(index, prompt)
         shown = np.linspace(0, num_frames - 1, min(self.columns, num_frames)).round().astype(int)
         with video_io.open_video(self.out / name, fps=self.fps) as video:
@@ -210,7 +218,13 @@ class Gallery:
                 raise ValueError(
                     f"{name}: {writer.num_frames} frames written, {num_frames} announced"
                 )
-        self._clips[index] = Clip(name, prompt, num_frames, writer.stills())
+        self.add_finished(index, prompt, num_frames, writer.stills())
+
+    def add_finished(
+        self, index: int, prompt: str, num_frames: int, stills_THW3: np.ndarray
+    ) -> None:
+        """Lists a clip whose file is in place, at `index`; `stills_THW3` as `ClipWriter.stills`."""
+        self._clips[index] = Clip(clip_name(index, prompt), prompt, num_frames, stills_THW3)
         self._write_lists()
 
     def add(self, prompt: str, frames_THW3: np.ndarray) -> None:
@@ -222,6 +236,8 @@ class Gallery:
         return [self._clips[index] for index in sorted(self._clips)]
 
     def _write_lists(self) -> None:
+        if not self._lists:
+            return
         clips = self._finished()
         listed = [{"file": clip.file, "prompt": clip.prompt} for clip in clips]
         listing = {"settings": self.settings, "clips": listed}

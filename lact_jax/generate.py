@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
-from lact_jax import encoders
+from lact_jax import distributed, encoders
 from lact_jax.checkpoint import complete_steps, restore_params
 from lact_jax.config import Config
 from lact_jax.convert.load import load_dit, missing_parameters
@@ -50,6 +51,8 @@ def generate(
 ) -> Path:  # fmt: skip
     """Samples every prompt and writes the gallery; returns the path of its page.
 
+    Several processes share the prompts; all write into one folder, and process 0 the page.
+
     Args:
       config: the run; `config.sample` says how to sample.
       workdir: where it was trained. None samples the converted checkpoint `config.init_from`.
@@ -61,6 +64,7 @@ def generate(
       FileNotFoundError: no workdir or checkpoint. ValueError: the workdir has another config, or
         neither it nor `init_from` is given.
     """
+    distributed.start(config.distributed)
     source = _converted(config) if workdir is None else _trained(config, workdir, checkpoint_step)
     codec = encoders.make_codec(config.codec.name, **config.codec.options)
     text = encoders.make_text_encoder(config.text.name, **config.text.options)
@@ -69,9 +73,10 @@ def generate(
     params, origin = source(state_shardings(make_mesh(config.mesh), abstract, abstract))
     pipeline = Pipeline(config, params, codec, text)
     settings = dataclasses.asdict(config.sample) | origin
-    with Gallery(out, settings, fps=config.data.fps) as gallery:
+    with Gallery(out, settings, fps=config.data.fps, lists=distributed.is_main()) as gallery:
         with _progress_bar(pipeline, prompts) as progress:
             sample_batches(pipeline, prompts, gallery, progress)
+    distributed.wait_for_all("gallery")
     return Path(out) / "index.html"
 
 
@@ -118,29 +123,55 @@ def sample_batches(
     gallery: Gallery,
     progress: Callable[[range, int], Progress],
 ) -> None:
-    """Samples a clip for every prompt into the gallery, `config.sample.batch_size` at a time.
+    """Samples a clip for every prompt into the gallery, `pipeline.batch_size` at a time.
 
     `progress(clips, chunk)` gives the callback (step, steps) for a chunk of these clips; what it
     raises ends the sampling, and the clips that are not finished leave nothing.
     """
     sample = pipeline.config.sample
     num_frames = 1 + (sample.num_latent_frames - 1) * pipeline.codec.temporal_stride
-    for start in range(0, len(prompts), sample.batch_size):
-        clips = range(start, min(start + sample.batch_size, len(prompts)))
-        batch = [prompts[i] for i in clips]
-        with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(gallery.open_clip(p, num_frames)) for p in batch]
-            for frames_BTHW3 in pipeline.frame_chunks(batch, clips, partial(progress, clips)):
-                for writer, frames_THW3 in zip(writers, frames_BTHW3, strict=True):
-                    writer.write(frames_THW3)
+    for start in range(0, len(prompts), pipeline.batch_size):
+        clips = range(start, min(start + pipeline.batch_size, len(prompts)))
+        _sample_batch(pipeline, prompts, clips, num_frames, gallery, partial(progress, clips))
+
+
+def _sample_batch(pipeline, prompts, clips: range, num_frames: int, gallery, progress) -> None:
+    """One batch. Several processes fill it up with the last prompt; each writes its own clips."""
+    filled = [*clips, *[clips[-1]] * (-len(clips) % pipeline.together)]
+    batch = [prompts[i] for i in filled]
+    own = pipeline.own_rows(len(batch))
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(gallery.open_clip(prompts[i], num_frames, i))
+            for i in clips[own.start : own.stop]
+        ]
+        for frames_BTHW3 in pipeline.frame_chunks(batch, filled, progress):
+            # The rows that fill up come last, and have no writer.
+            for writer, frames_THW3 in zip(writers, frames_BTHW3, strict=False):
+                writer.write(frames_THW3)
+    if distributed.several():
+        stills = [writer.stills() for writer in writers]
+        _list_clips_of_all(stills, own, prompts, clips, num_frames, gallery, pipeline)
+
+
+def _list_clips_of_all(stills, own, prompts, clips, num_frames, gallery, pipeline) -> None:
+    """Every process's gallery hears of the clips of all, whose files are in place."""
+    data = pipeline.config.data
+    shape = min(gallery.columns, num_frames), data.height, data.width, 3
+    mine_BTHW3 = np.zeros((len(own), *shape), np.uint8)
+    for row, still_THW3 in enumerate(stills):
+        mine_BTHW3[row] = still_THW3
+    for i, stills_THW3 in zip(clips, distributed.rows_of_all(mine_BTHW3), strict=False):
+        gallery.add_finished(i, prompts[i], num_frames, stills_THW3)
 
 
 @contextlib.contextmanager
 def _progress_bar(pipeline: Pipeline, prompts: Sequence[str]):
     """A bar over all solver steps; yields what `sample_batches` takes."""
     sample, chunks = pipeline.config.sample, pipeline.num_chunks
-    batches = -(-len(prompts) // sample.batch_size)
-    with tqdm(total=batches * chunks * sample.steps, unit="step", dynamic_ncols=True) as bar:
+    total = -(-len(prompts) // pipeline.batch_size) * chunks * sample.steps
+    silent = not distributed.is_main()
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=silent) as bar:
 
         def progress(clips, chunk):
             names = f"{clips.start + 1}-{clips.stop}"

@@ -10,15 +10,27 @@ Exit codes are the shell's: 0 when nothing came, 128 + the signal's number when 
 short and saved (130 for Ctrl-C, 143 for SIGTERM), so that a script or a scheduler can tell
 "finished" from "run me again". A run ended by the second signal dies of that signal (the shell
 shows the same number), and goes on later from its newest complete checkpoint.
+
+In a run of several processes all poll together, and what reached one is seen by all at the same
+poll, so that they save the same step and leave together.
 """
 
 import contextlib
 import os
 import signal
+from collections import deque
 from collections.abc import Iterator
 from types import FrameType
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lact_jax import distributed
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_POLLS_LATER = 2  # by then the answer is there, and reading it does not make the step wait
 
 
 class Interrupt:
@@ -36,6 +48,41 @@ class Interrupt:
     def exit_code(self) -> int:
         """0, or 128 + the signal's number."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+class SharedInterrupt(Interrupt):
+    """The interrupt of all processes. Each must read `requested` as often as the others, at the
+    same places: every time is an all-reduce of one number, answered two times later.
+
+    Args:
+      own: this process's.
+    """
+
+    def __init__(self, own: Interrupt) -> None:
+        super().__init__()
+        self._own = own
+        devices = np.asarray(jax.devices())
+        self._cut = NamedSharding(Mesh(devices, ("all",)), PartitionSpec("all"))
+        whole = NamedSharding(self._cut.mesh, PartitionSpec())
+        self._largest = jax.jit(jnp.max, out_shardings=whole)
+        self._waiting: deque[jax.Array] = deque()
+
+    @property
+    def requested(self) -> bool:
+        """Whether to save and leave."""
+        if self.signal is None:
+            number = np.full((jax.local_device_count(),), self._own.signal or 0, np.int32)
+            votes = jax.make_array_from_process_local_data(self._cut, number)
+            self._waiting.append(self._largest(votes))
+            if len(self._waiting) > _POLLS_LATER:
+                agreed = int(self._waiting.popleft())
+                self.signal = signal.Signals(agreed) if agreed else None
+        return self.signal is not None
+
+
+def of_all_processes(own: Interrupt) -> Interrupt:
+    """The interrupt that the processes of a run poll together; of one process, its own."""
+    return SharedInterrupt(own) if distributed.several() else own
 
 
 @contextlib.contextmanager

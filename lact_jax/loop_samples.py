@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 
+from lact_jax import distributed
 from lact_jax.config import Config
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.gallery import Gallery, read_prompts
@@ -71,18 +72,23 @@ class LoopSampler:
         self.prompts = [*validation.prompts, *from_file]
         self._pipeline = Pipeline(config, {}, codec, text)
         self._folder = workdir / FOLDER
-        for later in [s for s in finished_steps(self._folder) if s > step]:
-            shutil.rmtree(self._folder / _name(later))
-        shutil.rmtree(self._folder / UNFINISHED, ignore_errors=True)
-        if self._folder.is_dir():
-            self._write_page()
+        if distributed.is_main():
+            for later in [s for s in finished_steps(self._folder) if s > step]:
+                shutil.rmtree(self._folder / _name(later))
+            shutil.rmtree(self._folder / UNFINISHED, ignore_errors=True)
+            if self._folder.is_dir():
+                self._write_page()
+        distributed.wait_for_all("samples cleared")
 
     def done(self, step: int) -> bool:
         """Whether the clips of this step are there."""
         return (self._folder / _name(step)).is_dir()
 
     def __call__(self, step: int, params: dict, stop: Callable[[], bool]) -> Path | None:
-        """Samples into the step's folder and returns it; None if `stop` said so on the way."""
+        """Samples into the step's folder and returns it; None if `stop` said so on the way.
+
+        Of several processes all call this, and process 0 puts the folder in its place.
+        """
 
         def progress(clips, chunk):
             def on_step(i, steps):
@@ -95,15 +101,19 @@ class LoopSampler:
         settings = dataclasses.asdict(config.sample) | {"training_step": step}
         self._pipeline.params = params
         try:
-            with Gallery(unfinished, settings, fps=config.data.fps) as gallery:
+            lists = distributed.is_main()
+            with Gallery(unfinished, settings, fps=config.data.fps, lists=lists) as gallery:
                 sample_batches(self._pipeline, self.prompts, gallery, progress)
         except _Stopped:
-            shutil.rmtree(unfinished)
+            distributed.wait_for_all("samples stopped")
+            shutil.rmtree(unfinished, ignore_errors=not distributed.is_main())
             return None
         finally:
             self._pipeline.params = {}  # the train state's arrays must not outlive their step
-        folder = unfinished.rename(self._folder / _name(step))
-        self._write_page()
+        folder = self._folder / _name(step)
+        if distributed.is_main():
+            unfinished.rename(folder)
+            self._write_page()
         return folder
 
     def videos(self, folder: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ Letters: B prompts, W chunks, f latent frames of a chunk, h, w latent size, c ch
 tokens, Q text width, T video frames.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lact_jax import distributed
 from lact_jax.config import Config
 from lact_jax.diffusion.flow import MODEL_TIME_SCALE, add_noise
 from lact_jax.diffusion.sampler import (
@@ -22,7 +24,7 @@ from lact_jax.diffusion.sampler import (
 )
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.models.dit import bind
-from lact_jax.sharding import make_mesh, on_mesh
+from lact_jax.sharding import make_mesh, on_mesh, replicated
 from lact_jax.sizes import check_shares
 
 # With guidance the batch is doubled, [text; negative]; each half has a cache of its own.
@@ -51,6 +53,13 @@ class Pipeline:
 
     The devices of `config.mesh` share prompts over data and fsdp, where they divide (with guidance
     there are two for each), and a clip's tokens over seq. Codec and text encoder use one device.
+
+    Several processes sample a batch together, each called with the same arguments; `own_rows` says
+    whose frames each of them decodes.
+
+    Attributes:
+      batch_size: prompts to sample together: `config.sample.batch_size`, made a multiple of
+      together: what the size of a batch must be a multiple of.
     """
 
     def __init__(self, config: Config, params: dict, codec: VideoCodec, text: TextEncoder):
@@ -70,6 +79,13 @@ class Pipeline:
             frames, data.height // stride, data.width // stride, codec.latent_channels,
         )  # fmt: skip
         self.num_chunks = sample.num_latent_frames // frames
+        self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+        # Of several processes each gets as many prompts; and a batch that devices don't share
+        # evenly, each of them would compute whole.
+        replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+        processes = jax.process_count()
+        self.together = math.lcm(processes, replicas) if processes > 1 else 1
+        self.batch_size = -(-sample.batch_size // self.together) * self.together
         self._schedule = sample.schedule
         self._solve = jax.jit(self._schedule.solver.step)
         model = partial(bind, config.model)
@@ -124,12 +140,20 @@ class Pipeline:
             as_context=self._as_context(indices),
         )
 
+    def own_rows(self, batch: int) -> range:
+        """The rows of a batch, a multiple of `together`, that this process decodes."""
+        own = batch // jax.process_count()
+        return range(jax.process_index() * own, (jax.process_index() + 1) * own)
+
     def frame_chunks(self, prompts, indices, progress=None) -> Iterator[np.ndarray]:
-        """Yields decoded frames (B, T, H, W, 3) uint8 as chunks finish; arguments as above."""
+        """Yields decoded frames (B, T, H, W, 3) uint8 of this process's rows as chunks finish;
+        arguments as above."""
         progress = progress or (lambda chunk: lambda step, steps: None)
-        data = self.config.data
-        carry = self.codec.init_decode(len(prompts), data.height, data.width)
+        data, rows = self.config.data, self.own_rows(len(prompts))
+        carry = self.codec.init_decode(len(rows), data.height, data.width)
         for latent in self.latent_chunks(prompts, indices, progress):
+            if distributed.several():
+                latent = np.asarray(self._whole(latent))[rows.start : rows.stop]
             latent = jax.device_put(latent, jax.local_devices()[0])
             carry, frames = self.codec.decode_chunk(carry, latent)
             yield np.asarray(frames)

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lact_jax import encoders, wandb_run
+from lact_jax import data_position, distributed, encoders, wandb_run
 from lact_jax.batch_encoder import BatchEncoder
 from lact_jax.checkpoint import Checkpointer
 from lact_jax.checkpoint_tree import CheckpointError
 from lact_jax.config import Config
 from lact_jax.convert.load import load_dit
 from lact_jax.data import empty_text, make_dataset
-from lact_jax.interrupt import leave_on_signal
+from lact_jax.interrupt import leave_on_signal, of_all_processes
 from lact_jax.models.dit import abstract_params
 from lact_jax.optim import merge
 from lact_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated, state_shardings
 from lact_jax.sizes import check_shares, check_sizes
 from lact_jax.train_state import TrainState, init_state, make_train_step
-from lact_jax.training_log import Log, step_work
+from lact_jax.training_log import Log, NoLog, step_work
 from lact_jax.watch import Watch
 from lact_jax.workdir import open_workdir
 
@@ -31,7 +31,7 @@ MAY_DIFFER = (
     "train.steps", "train.save_every", "train.keep_last", "train.log_every", "train.plot_every",
     "data.num_threads", "data.num_workers", "data.cache_in_memory", "data.path",
     "data.max_bad_files", "sample.*", "validation.every", "validation.sample_every",
-    "validation.prompts*", "tensorboard.*", "wandb.*", "mesh.*", "init_from",
+    "validation.prompts*", "tensorboard.*", "wandb.*", "mesh.*", "distributed.*", "init_from",
     "codec.options.path", "text.options.path", "text.options.cache_dir",
 )  # fmt: skip
 
@@ -52,7 +52,9 @@ def train(config: Config, workdir: str | Path, *, debug: bool = False) -> int:
       ValueError, OSError and the errors of checkpoint.py and workdir.py, each saying what to do.
     """
     stored = dataclasses.asdict(config) | {"debug": debug}
-    with leave_on_signal() as interrupt:
+    with leave_on_signal() as own:
+        distributed.start(config.distributed)
+        interrupt = of_all_processes(own)
         # First what can be wrong with the config: a workdir belongs to the config that opened it.
         parts = make_parts(config)
         with open_workdir(workdir, stored, MAY_DIFFER) as folder:
@@ -63,7 +65,7 @@ def train(config: Config, workdir: str | Path, *, debug: bool = False) -> int:
                 # The disk that was too full for a checkpoint is too full for the curves: the error
                 # that ended the run is the one to tell.
                 with contextlib.suppress(OSError, CheckpointError):
-                    run.close()
+                    run.close_after_error()
                 raise error
             run.close()
         return interrupt.exit_code
@@ -100,10 +102,13 @@ class _Run:
     """The state of a run, made or restored, and what it works with."""
 
     def __init__(self, config: Config, parts: _Parts, folder: Path, debug: bool):
-        self.config = config
         codec, text, self.mesh = parts
-        self.encode = BatchEncoder(codec, text, batch_sharding(self.mesh))
-        data = "random" if debug else config.data.name
+        cut, replicas = batch_sharding(self.mesh), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.share = distributed.share_of_batch(cut, replicas)
+        shared = dataclasses.replace(config.data, share=self.share)
+        self.config = config = dataclasses.replace(config, data=shared)
+        self.encode = BatchEncoder(codec, text, cut)
+        self.data = data = "random" if debug else config.data.name
         self.batches = iter(make_dataset(data, config, codec, text))
         empty = jax.device_put(empty_text(data, config, text), replicated(self.mesh))
         self.checkpoints = Checkpointer(
@@ -115,7 +120,7 @@ class _Run:
             config, data, codec, text, self.encode, self.mesh, folder, self.step, debug=debug
         )
         work = functools.cache(lambda size: step_work(config, size, self.mesh.devices))
-        self.log = Log(config, folder, self.step, work)
+        self.log = Log(config, folder, self.step, work) if distributed.is_main() else NoLog()
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         step_fn = jax.jit(
             on_mesh(self.mesh, make_train_step(config)),
@@ -133,8 +138,9 @@ class _Run:
         wanted = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
-        state, data_state, _ = self.checkpoints.restore(wanted)
-        self.batches.set_state(data_state)
+        state, data_state, meta = self.checkpoints.restore(wanted)
+        readers, step = meta.get("readers", 1), meta["step"]
+        data_position.restore(self.batches, data_state, readers, step, self.data, self.share)
         return state
 
     def _first_state(self, shardings: TrainState) -> TrainState:
@@ -174,8 +180,10 @@ class _Run:
             self.checkpoints.check()
             return
         self.log.flush()  # a resume keeps the metrics up to the checkpoint's step
-        meta = {"step": self.step}
-        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, force=True)
+        readers = self.share[1]
+        meta = {"step": self.step} | ({"readers": readers} if readers > 1 else {})
+        position = data_position.gather(self.batches.get_state(), self.share)
+        self.checkpoints.save(self.step, self.state, position, meta, force=True)
 
     def close(self) -> None:
         """Lets the last checkpoint finish and closes the log."""
@@ -183,3 +191,8 @@ class _Run:
             self.checkpoints.close()
         finally:
             self.log.close()
+
+    def close_after_error(self) -> None:
+        """As `close`; with other processes it does not wait for them, who may be gone: a checkpoint
+        that is not complete yet won't be."""
+        self.log.close() if distributed.several() else self.close()

@@ -146,3 +146,28 @@ def _rates(steps: Sequence[StepWork], seconds: float) -> dict[str, float]:
     }
     peak = steps[0].peak
     return rates | ({"mfu": flops_per_second / peak} if peak else {})
+
+
+class NoLog:
+    """The log of a process that is not the main one: the same calls, and nothing written."""
+
+    validated = 0
+
+    def push(self, step: int, metrics: Mapping[str, Any], latent_Fhw: LatentSize) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def untimed(self) -> contextlib.AbstractContextManager:
+        """A block like any other."""
+        return contextlib.nullcontext()
+
+    def validation(self, step: int, row: Mapping[str, Any], picture: Path) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, sheet: Path, videos: Mapping[str, Path]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

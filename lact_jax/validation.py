@@ -21,11 +21,12 @@ from einops import reduce
 from lact_jax.batch_encoder import BatchEncoder
 from lact_jax.config import Config
 from lact_jax.diffusion import flow
+from lact_jax.distributed import share_of_batch
 from lact_jax.models.dit import bind
 from lact_jax.objective import Draws, build_sequence, split_chunks
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, unpack_noise
 from lact_jax.optim import merge
-from lact_jax.sharding import on_mesh, replicated
+from lact_jax.sharding import batch_sharding, on_mesh, replicated
 from lact_jax.workdir import write_atomically
 
 NOISE_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
@@ -101,19 +102,21 @@ class Validator:
         self._encoder = encoder
         evaluate = on_mesh(mesh, make_evaluate(config))
         self._evaluate = jax.jit(evaluate, out_shardings=replicated(mesh))
-        processes = jax.process_count()
-        together = together or mesh.shape["data"] * mesh.shape["fsdp"]
-        wanted = -(-config.validation.num_clips // processes)
+        replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._share, readers = share_of_batch(batch_sharding(mesh), replicas)
+        self._readers = readers
+        together = together or replicas
+        wanted = -(-config.validation.num_clips // readers)
         clips = _first_clips(batches, wanted)
-        self._groups = list(_encoded_groups(clips, encoder, max(together // processes, 1)))
+        self._groups = list(_encoded_groups(clips, encoder, max(together // readers, 1)))
         found = sum(len(numbers) for *_, numbers in self._groups)
         if found < wanted and not fewer:
             raise ValueError(
                 f"validation.num_clips={config.validation.num_clips}, but the validation split of "
-                f"data.name={config.data.name!r} has {found * processes} clips: hold out more, or "
+                f"data.name={config.data.name!r} has {found * readers} clips: hold out more, or "
                 "validate on fewer"
             )
-        self.num_clips = found * processes
+        self.num_clips = found * readers
 
     def __call__(
         self, trained: dict, frozen: dict, stop: Callable[[], bool] = lambda: False
@@ -127,25 +130,24 @@ class Validator:
         return np.concatenate(errors, axis=1).mean(axis=1)
 
     def _group(self, trained, frozen, latent, text, numbers) -> np.ndarray:
-        index, processes = jax.process_index(), jax.process_count()
         padding = len(latent) - len(numbers)
-        clip_B = np.pad(np.asarray(numbers) * processes + index, (0, padding), mode="edge")
+        clip_B = np.asarray(numbers) * self._readers + self._share
+        clip_B = np.pad(clip_B, (0, padding), mode="edge")
         place = self._encoder.place
         error_VBW = self._evaluate(
             trained, frozen, place(latent, jnp.float32), place(text, jnp.float32),
             place(clip_B, jnp.int32),
         )  # fmt: skip
         error_VPBW = np.asarray(error_VBW, np.float64)
-        error_VPBW = error_VPBW.reshape(len(NOISE_LEVELS), processes, len(latent), -1)
+        error_VPBW = error_VPBW.reshape(len(NOISE_LEVELS), self._readers, len(latent), -1)
         kept = error_VPBW[:, :, : len(numbers)]
         return kept.reshape(len(NOISE_LEVELS), -1, kept.shape[-1])
 
 
 def validation_config(config: Config) -> Config:
     """The config to make the validation split with: clip by clip, whatever the training's batch."""
-    data = dataclasses.replace(
-        config.data, batch_size=jax.process_count(), cache_in_memory=False
-    )
+    _, readers = config.data.share or (0, jax.process_count())
+    data = dataclasses.replace(config.data, batch_size=readers, cache_in_memory=False)
     return dataclasses.replace(config, data=data)
 
 

@@ -12,11 +12,12 @@ import jax
 from lact_jax.batch_encoder import BatchEncoder
 from lact_jax.config import Config
 from lact_jax.data import make_dataset
+from lact_jax.distributed import from_main, is_main
 from lact_jax.encoders import TextEncoder, VideoCodec
 from lact_jax.loop_samples import SHEET, LoopSampler
 from lact_jax.optim import merge
 from lact_jax.train_state import TrainState
-from lact_jax.training_log import Log
+from lact_jax.training_log import Log, NoLog
 from lact_jax.validation import Validator, summary, validation_config, write_heat_map
 
 
@@ -62,10 +63,13 @@ class Watch:
         if self._options.sample_every:
             self._sample = LoopSampler(config, codec, text, workdir, step)
 
-    def look(self, step: int, state: TrainState, log: Log, stop: Callable[[], bool]) -> None:
+    def look(
+        self, step: int, state: TrainState, log: Log | NoLog, stop: Callable[[], bool]
+    ) -> None:
         """Makes what is due at this step and not there yet, unless `stop` says to leave."""
-        validate = _due(step, self._options.every) and log.validated < step
-        sample = _due(step, self._options.sample_every) and not self._sample.done(step)
+        # What is there already, process 0 knows.
+        validate = _due(step, self._options.every) and from_main(log.validated < step)
+        sample = _due(step, self._options.sample_every) and from_main(not self._sample.done(step))
         if not (validate or sample) or stop():
             return
         weights = getattr(state, self._options.weights)
@@ -77,13 +81,13 @@ class Watch:
 
     def _validation(self, step, weights, frozen, log, stop) -> None:
         loss_VW = self._validate(weights, frozen, stop)
-        if loss_VW is not None:
+        if loss_VW is not None and is_main():
             picture = write_heat_map(self._workdir, loss_VW, step)
             log.validation(step, summary(loss_VW, self._validate.num_clips), picture)
 
     def _samples(self, step, params, log, stop) -> None:
         folder = self._sample(step, params, stop)
-        if folder is not None:
+        if folder is not None and is_main():
             log.samples(step, folder / SHEET, self._sample.videos(folder))
 
 

@@ -18,6 +18,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lact_jax import distributed
+
+_OF_A_PROCESS = "distributed.*"  # config keys that differ between the processes of a run
+
 
 class WorkdirError(RuntimeError):
     """The workdir is another run's: of another config, or in use."""
@@ -28,6 +32,8 @@ def open_workdir(
     path: str | Path, config: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> Iterator[Path]:
     """Makes or reopens the folder and holds its lock inside the block.
+
+    Of several processes the first does; the others come to the block after it.
 
     Args:
       config: nested dicts of JSON values (tuples count as lists).
@@ -42,11 +48,24 @@ def open_workdir(
         one, or another process has it open (names it).
       ValueError: a config value that JSON can't hold, named by its key.
       NotADirectoryError: `path` is a file.
+      In a run of several processes also WorkdirError: this process has another config than process
+        0, or does not see its folder.
     """
+    new = _json_values(config)
     folder = Path(path).absolute()
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(_opened(folder, new, may_differ))
+        _raise_on_other_process(folder, new)
+        yield folder
+
+
+@contextlib.contextmanager
+def _opened(
+    folder: Path, new: Mapping[str, Any], may_differ: Collection[str]
+) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"workdir {folder} is a file: give a folder, or a new path")
-    new = _json_values(config)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         file = folder / "config.json"
@@ -54,7 +73,7 @@ def open_workdir(
         _raise_on_other_config(folder, old, new, may_differ)
         if not file.exists() or old != new:
             write_atomically(file, json.dumps(new, indent=2, sort_keys=True) + "\n")
-        yield folder
+        yield
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -106,22 +125,41 @@ def _read_config(file: Path) -> dict[str, Any]:
         ) from err
 
 
-def _raise_on_other_config(
-    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Collection[str]
-) -> None:
+def _changed(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Collection[str]
+) -> list[tuple[str, str, str]]:
+    """(key, old value, new value) of all that differ but those that may."""
     was, now = flat_config(old), flat_config(new)
-    changed = [
-        key
+    return [
+        (key, _value(was, key), _value(now, key))
         for key in sorted(was.keys() | now.keys())
         if (key in was, was.get(key)) != (key in now, now.get(key))
         and not any(fnmatchcase(key, pattern) for pattern in may_differ)
     ]
-    if changed:
-        lines = "\n".join(f"  {k}: {_value(was, k)} there, {_value(now, k)} now" for k in changed)
+
+
+def _raise_on_other_config(
+    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Collection[str]
+) -> None:
+    if changed := _changed(old, new, may_differ):
+        lines = "\n".join(f"  {key}: {was} there, {now} now" for key, was, now in changed)
         free = ", ".join(sorted(may_differ)) or "nothing"
         raise WorkdirError(
             f"workdir {folder} was started with another config:\n{lines}\n"
             f"Give the values it was started with, or another workdir (may change: {free})."
+        )
+
+
+def _raise_on_other_process(folder: Path, new: Mapping[str, Any]) -> None:
+    """Nothing in a run of one process; in others, all wait here for the first."""
+    where, first = distributed.from_main([str(folder), new])
+    if changed := _changed(first, new, [_OF_A_PROCESS]):
+        lines = "\n".join(f"  {key}: {was} there, {now} here" for key, was, now in changed)
+        raise WorkdirError(f"this process has another config than process 0:\n{lines}")
+    if where != str(folder) or not (folder / "config.json").is_file():
+        raise WorkdirError(
+            f"this process does not see the workdir of process 0, {where}, as {folder}: all "
+            "processes of a run need the same folder, on a file system that their hosts share"
         )
 
 

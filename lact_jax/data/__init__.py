@@ -28,6 +28,9 @@ DATASETS: dict[str, Callable[..., grain.IterDataset]] = {
     "video_folder": video_folder.from_config,
 }
 
+# Those whose position is a number of batches of the whole run: it fits any number of processes.
+COUNT_BATCHES = {"encoded", "random", "synthetic", "video_folder"}
+
 
 def make_dataset(
     name: str, config: Any, codec: Any, text: Any, split: str = "train"

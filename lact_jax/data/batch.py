@@ -41,14 +41,27 @@ def stack_raw(clips: Sequence[Mapping[str, Any]]) -> RawBatch:
     )
 
 
-def process_share(batch_size: int) -> tuple[int, int, int]:
-    """(clips of a batch in this process, its index, number of processes).
+def process_share(data: Any) -> tuple[int, int, int]:
+    """(clips of a batch that this process reads, which part of it they are, number of parts).
 
-    Raises ValueError unless the batch divides by the processes.
+    Args:
+      data: a config's `data` section.
+
+    Raises ValueError unless the batch divides by the parts.
     """
-    index, count = jax.process_index(), jax.process_count()
-    if batch_size % count:
+    index, count = data.share or (jax.process_index(), jax.process_count())
+    if data.batch_size % count:
         raise ValueError(
-            f"data.batch_size={batch_size}: must be a multiple of the {count} processes"
+            f"data.batch_size={data.batch_size}: must be a multiple of {count}, as so many "
+            "processes read different clips of it"
         )
-    return batch_size // count, index, count
+    return data.batch_size // count, index, count
+
+
+def check_clip_count(path: Any, clips: int, count: int) -> None:
+    """Raises ValueError where `count` processes read different clips of fewer."""
+    if clips < count:
+        raise ValueError(
+            f"{path}: {clips} clips, but {count} processes read different ones: use at most so "
+            "many processes, or add clips"
+        )

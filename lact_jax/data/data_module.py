@@ -64,7 +64,7 @@ def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> gra
             "data.name='module' needs data.module, the name of a Python module such as "
             "'my_package.my_data'"
         )
-    batch_size, process_index, _ = process_share(data.batch_size)
+    batch_size, process_index, _ = process_share(data)
     make = functools.partial(_make_loader, data.module, config, config.seed + process_index, split)
     convert = functools.partial(
         to_raw_batch,

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lact_jax.data import encoded_format as layout
-from lact_jax.data.batch import EncodedBatch, process_share
+from lact_jax.data.batch import EncodedBatch, check_clip_count, process_share
 from lact_jax.data.buckets import Order
 from lact_jax.data.indexed import IndexedDataset
 
@@ -60,6 +60,7 @@ def make(options: Options) -> grain.IterDataset:
     shards = _shards(path, layout.read_manifest(path), options.split)
     reader = _Reader(options, [bucket for shard in shards for bucket in shard["buckets"]])
     if options.split == "train":
+        check_clip_count(path, len(reader), options.process_count)
         numbers = grain.MapDataset.range(_BATCHES)
     elif whole := reader.count_validation_batches():
         numbers = grain.MapDataset.range(whole)
@@ -107,6 +108,9 @@ class _Reader:
     @functools.cached_property
     def _single_pass(self):
         return self._order.single_pass()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._members))
 
     def count_validation_batches(self) -> int:
         return len(self._single_pass)
@@ -191,7 +195,7 @@ def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> gra
     if not data.path:
         raise ValueError("data.path is empty: give the folder of the encoded data set")
     check_config(Path(data.path), config, codec, text)
-    batch_size, process_index, process_count = process_share(data.batch_size)
+    batch_size, process_index, process_count = process_share(data)
     return make(Options(
         path=data.path,
         text_len=text.text_len,

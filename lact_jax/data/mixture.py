@@ -29,7 +29,7 @@ from lact_jax.data.batch import process_share
 
 _WEIGHT = "weight"
 # What all clips of a batch share.
-_COMMON = {"num_frames", "height", "width", "fps", "buckets", "batch_size"}
+_COMMON = {"num_frames", "height", "width", "fps", "buckets", "batch_size", "share"}
 _TOLERANCE = 1e-6
 
 
@@ -92,7 +92,7 @@ def from_config(
             f"data.buckets={config.data.buckets}: a mixture draws clip by clip and so has clips of "
             "one size; leave the buckets out"
         )
-    mine, _, process_count = process_share(config.data.batch_size)
+    mine, _, process_count = process_share(config.data)
     datasets, weights = [], []
     for key, (weight, data) in parts(config.data).items():
         one_clip = dataclasses.replace(data, batch_size=process_count)

@@ -57,7 +57,7 @@ def make(options: Options) -> grain.IterDataset:
 def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:
     """`make` with the shapes that the codec and the text encoder would give; no data is read."""
     data = config.data
-    batch_size, process_index, _ = process_share(data.batch_size)
+    batch_size, process_index, _ = process_share(data)
     stride = codec.spatial_stride
     return make(Options(
         batch_size=batch_size,

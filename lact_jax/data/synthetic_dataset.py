@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 
+from lact_jax import distributed
 from lact_jax.data import video_folder
 from lact_jax.data.synthetic import SPLITS, Settings, write_folder
 
@@ -30,7 +31,8 @@ def make(options: video_folder.Options, settings: Settings) -> grain.IterDataset
     Raises:
       FileExistsError: the folder holds something else or clips of other settings.
     """
-    write_folder(options.path, settings)
+    with distributed.main_first("synthetic data"):
+        write_folder(options.path, settings)
     return video_folder.make(options)
 
 

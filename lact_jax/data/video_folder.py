@@ -21,7 +21,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from lact_jax.data.batch import RawBatch, process_share, stack_raw
+from lact_jax.data.batch import RawBatch, check_clip_count, process_share, stack_raw
 from lact_jax.data.buckets import Draw, Order, check_buckets, nearest
 from lact_jax.data.listing import (
     BadFiles,
@@ -139,6 +139,7 @@ def make(options: Options) -> grain.IterDataset:
     order = Order(members, together, options.seed if options.shuffle else None)
     decoder = _Decoder(clips, members, options, bad)
     if options.split == "train":
+        check_clip_count(path, len(clips), options.process_count)
         batches = grain.MapDataset.range(_BATCHES)
         find = order.training_batch
     else:
@@ -257,7 +258,7 @@ class _Decoder:
 def options_from_config(config: Any, codec: Any) -> Options:
     """The Options that a run's config asks for (without `data.options` and `data.holdout`)."""
     data = config.data
-    batch_size, process_index, process_count = process_share(data.batch_size)
+    batch_size, process_index, process_count = process_share(data)
     same = ("path", "num_frames", "height", "width", "buckets", "fps", "random_crop_time",
             "random_crop_space", "num_threads", "cache_in_memory", "max_bad_files")  # fmt: skip
     return Options(
