@@ -4,7 +4,9 @@
 
 The teacher-forced sequence of a clip of 7 chunks at 480x832 is 13 chunks of 4680 tokens: 6 of them
 update the fast weights, all 13 read. FLOPs are those of the forward pass three times; what the
-backward pass computes again is not counted.
+backward pass computes again is not counted. Alone, the operation keeps its hidden activations for
+the backward pass (--keep_hidden, as PyTorch does beside it); a layer that is rematerialised does
+not, and that form is timed as well.
 """
 
 import jax
@@ -17,6 +19,7 @@ from lact_jax.ops import fast_weights as fw
 
 CHUNKS = flags.DEFINE_integer("chunks", 7, "Chunks of the clip.")
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs; the median counts.")
+KEEP_HIDDEN = flags.DEFINE_bool("keep_hidden", True, "Keep hidden activations (scan_chunks).")
 MUON = flags.DEFINE_bool("muon", False, "Orthogonalise the updates.")
 TORCH = flags.DEFINE_bool("torch", False, "Run the plain PyTorch form, compiled, beside it.")
 SMALL = flags.DEFINE_bool("small", False, "Tiny shapes, to see that the script runs.")
@@ -46,19 +49,21 @@ def random_inputs(sizes: dict, chunks: int, dtype):
     return initial, updates, queries
 
 
-def operation(initial, updates, queries, rule: fw.UpdateRule):
+def operation(initial, updates, queries, rule: fw.UpdateRule, keep_hidden: bool = False):
     """Outputs of the first chunk's queries, and of both streams behind the updates."""
     first, streams = queries
     o_first = fw.read(initial, first)
-    _, o_streams = fw.scan_chunks(initial, updates, (streams[0], streams[1]), rule)
+    _, o_streams = fw.scan_chunks(
+        initial, updates, (streams[0], streams[1]), rule, keep_hidden=keep_hidden
+    )
     return o_first, o_streams
 
 
-def forward_and_backward(rule: fw.UpdateRule):
+def forward_and_backward(rule: fw.UpdateRule, keep_hidden: bool):
     """(inputs, cotangents of the outputs) -> (outputs, gradients of all inputs)."""
 
     def run(inputs, cotangents):
-        outputs, transpose = jax.vjp(lambda inputs: operation(*inputs, rule), inputs)
+        outputs, transpose = jax.vjp(lambda inputs: operation(*inputs, rule, keep_hidden), inputs)
         return outputs, transpose(cotangents)
 
     return run
@@ -77,6 +82,18 @@ def beside_torch(inputs, cotangents, ours, flops, rate) -> dict:
     }
 
 
+def timed(keep_hidden: bool, rule, inputs, cotangents, flops, rate) -> tuple[tuple, dict]:
+    """(outputs and gradients, time and share of the rate), forward and backward."""
+    step = jax.jit(forward_and_backward(rule, keep_hidden))
+    result, first = common.first_call_seconds(lambda: step(inputs, cotangents))
+    seconds = common.median_seconds(lambda: step(inputs, cotangents), REPEATS.value)
+    return result, {
+        "first call s": first,
+        "forward and backward ms": 1e3 * seconds,
+        "share of the matmul rate": flops / seconds / rate,
+    }
+
+
 def main(_):
     sizes = SMALL_SIZES if SMALL.value else SIZES
     inputs = random_inputs(sizes, CHUNKS.value, jnp.bfloat16)
@@ -89,13 +106,14 @@ def main(_):
     )
     rate = common.measured_matmul_rate(jnp.bfloat16, 256 if SMALL.value else 8192)
     forward = count_flops(lambda *inputs: operation(*inputs, rule), *inputs)
-    step = jax.jit(forward_and_backward(rule))
-    ours, first = common.first_call_seconds(lambda: step(inputs, cotangents))
-    seconds = common.median_seconds(lambda: step(inputs, cotangents), REPEATS.value)
+    chosen, other = KEEP_HIDDEN.value, not KEEP_HIDDEN.value
+    ours, times = timed(chosen, rule, inputs, cotangents, 3 * forward, rate)
+    peak = common.peak_gigabytes()
+    _, other_times = timed(other, rule, inputs, cotangents, 3 * forward, rate)
     only = jax.jit(lambda inputs: operation(*inputs, rule))
     common.first_call_seconds(lambda: only(inputs))
     forward_seconds = common.median_seconds(lambda: only(inputs), REPEATS.value)
-    exact = jax.jit(forward_and_backward(rule))(
+    exact = jax.jit(forward_and_backward(rule, chosen))(
         *jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
     )
     result = {
@@ -103,14 +121,14 @@ def main(_):
         "muon": MUON.value,
         "forward TFLOP": forward / 1e12,
         "matmul TFLOP/s": rate / 1e12,
-        "first call s": first,
+        "keep_hidden": chosen,
         "forward ms": 1e3 * forward_seconds,
         "forward, share of the matmul rate": forward / forward_seconds / rate,
-        "forward and backward ms": 1e3 * seconds,
-        "share of the matmul rate": 3 * forward / seconds / rate,
+        **times,
+        **{f"keep_hidden={other}, {name}": value for name, value in other_times.items()},
         "forward error of bfloat16": common.largest_error(ours[0], exact[0]),
         "gradient error of bfloat16": common.largest_error(ours[1], exact[1]),
-        "peak GB": common.peak_gigabytes(),
+        "peak GB": peak,
     }
     if TORCH.value:
         result |= beside_torch(inputs, cotangents, ours, 3 * forward, rate)

@@ -1,6 +1,7 @@
 """Autoregressive sampling on random weights: time of a guided denoise step, of a commit, of a clip.
 
     python -m benchmarks.sampling --config=configs/ar_chunk3f.py --chunks=7 --steps=4
+    python -m benchmarks.sampling --steps=50 --far=120    # 81 frames; does a step grow with them?
 """
 
 import dataclasses
@@ -18,8 +19,25 @@ from lact_jax.models.dit import bind, init_params
 CONFIG = config_flags.DEFINE_config_file("config", "configs/ar_chunk3f.py")
 CHUNKS = flags.DEFINE_integer("chunks", 7, "Chunks to sample.")
 STEPS = flags.DEFINE_integer("steps", 4, "Solver steps a chunk.")
+FAR = flags.DEFINE_integer("far", 0, "Commit up to this chunk and time a denoise step there too.")
 SMALL = flags.DEFINE_bool("small", False, "A toy model, to see that the script runs.")
 JSON = flags.DEFINE_string("json", None, "Also write the result here.")
+
+
+def far_away(denoise, commit, params, text_kv, x, cache, timestep, near_seconds) -> dict:
+    """Time and cache of a denoise step at chunk FAR, over those behind the sampled chunks."""
+    if not FAR.value:
+        return {}
+    near_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    for _ in range(int(cache.num_committed), FAR.value - 1):
+        cache = commit(params, text_kv, x, cache)
+    seconds = common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10)
+    return {
+        f"time at chunk {FAR.value} over here": seconds / near_seconds,
+        f"cache at chunk {FAR.value} over here": sum(
+            leaf.nbytes for leaf in jax.tree.leaves(cache)
+        ) / near_bytes,
+    }  # fmt: skip
 
 
 def main(_):
@@ -68,6 +86,8 @@ def main(_):
     timestep = jnp.full((1,), 500, jnp.float32)
     step = common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10)
     commit_seconds = common.median_seconds(lambda: commit(params, text_kv, x, cache), 5)
+    whole = sum(per_chunk) + (CHUNKS.value - 1) * commit_seconds
+    result = far_away(denoise, commit, params, text_kv, x, cache, timestep, step)
     common.report(
         "sampling",
         {
@@ -78,6 +98,8 @@ def main(_):
             "ms per commit": 1e3 * commit_seconds,
             "seconds per chunk": str([round(s, 3) for s in per_chunk]),
             "cache GB per chunk": str([round(b / 1e9, 3) for b in cache_bytes]),
+            "seconds for all chunks": whole,
+            **result,
             "finite": bool(jnp.isfinite(x).all()),
             "peak GB": common.peak_gigabytes(),
         },
