@@ -5,6 +5,7 @@ import types
 import numpy as np
 import odd_videos
 import pytest
+from batch_checks import assert_same_batches, assert_shares_make, take
 from odd_videos import RED, pictures, write
 from run_fixtures import quick_train, tiny_config
 
@@ -92,10 +93,6 @@ def options(path, **changes):
     return video_folder.Options(path=str(path), **given | changes)
 
 
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
 def test_batches_have_the_size_of_their_clips_bucket(folder):
     seen = collections.Counter()
     for batch in take(iter(video_folder.make(options(folder))), 8):
@@ -121,9 +118,7 @@ def test_the_position_is_a_number_and_resumes_bit_for_bit(folder, num_threads):
     take(batches, 5)
     resumed = iter(video_folder.make(options(folder, num_threads=num_threads)))
     resumed.set_state(json.loads(json.dumps(batches.get_state())))
-    for got, expected in zip(take(resumed, 7), straight[5:], strict=True):
-        assert (got["name"], got["caption"]) == (expected["name"], expected["caption"])
-        np.testing.assert_array_equal(got["frames"], expected["frames"])
+    assert_same_batches(take(resumed, 7), straight[5:])
 
 
 def test_processes_see_the_same_bucket_and_other_clips_of_one_batch(folder):
@@ -132,11 +127,7 @@ def test_processes_see_the_same_bucket_and_other_clips_of_one_batch(folder):
         take(iter(video_folder.make(options(folder, process_index=i, process_count=2))), 9)
         for i in range(2)
     ]
-    for whole, first, second in zip(together, *shares, strict=True):
-        assert whole["name"] == first["name"] + second["name"]
-        np.testing.assert_array_equal(
-            whole["frames"], np.concatenate([first["frames"], second["frames"]])
-        )
+    assert_shares_make(together, shares)
 
 
 def test_validation_is_one_pass_over_whole_batches(folder):
@@ -164,3 +155,7 @@ def test_a_run_over_buckets_trains_on_each_size(tmp_path):
     assert quick_train(config, tmp_path / "run") == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 2 and all(np.isfinite(row["loss"]) and not row["skipped"] for row in rows)
+    # Two clips, three chunks of three latent frames of 2 x 2 or 1 x 2 tokens.
+    rates = read_metrics(tmp_path / "run" / "throughput.jsonl")
+    tokens = [rate["tokens_per_second"] / rate["steps_per_second"] for rate in rates]
+    assert sorted(tokens) == pytest.approx([36, 72])

@@ -11,6 +11,7 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
+from batch_checks import assert_same_batches, take
 from run_fixtures import assert_same_end, quick_train, tiny_config
 
 from lact_jax.config import DataConfig
@@ -62,17 +63,6 @@ COUNTING = """
     def get_data_module(config, data_seed):
         return Data()
 """
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def same(first, second):
-    return all(
-        a["caption"] == b["caption"] and np.array_equal(a["frames"], b["frames"])
-        for a, b in zip(first, second, strict=True)
-    )
 
 
 def test_the_module_alone_is_enough_to_name():
@@ -163,13 +153,13 @@ def test_a_resumed_loader_is_drawn_up_to_its_position(written, caplog, kind):
     resumed = batches(asked)
     resumed.set_state(state)
     assert resumed.get_state() == state
-    assert same(take(resumed, 5), expected)
+    assert_same_batches(take(resumed, 5), expected)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and f"{again} batches are drawn again" in (
         record.getMessage()
     )
     straight.set_state(state)  # and back in the same iterator
-    assert same(take(straight, 5), expected)
+    assert_same_batches(take(straight, 5), expected)
 
 
 STATEFUL = """

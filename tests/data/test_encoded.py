@@ -5,7 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from encoded_fixtures import CountingCodec, EndedText, encode, small_config, write_videos
+from batch_checks import assert_same_batches, assert_shares_make, take
+from encoded_fixtures import CountingCodec, EndedText, encode, small_config
 
 from lact_jax.data import empty_text, encoded, make_dataset
 from lact_jax.data.encoded_format import MANIFEST, read_manifest
@@ -14,33 +15,8 @@ from lact_jax.video_io import write_video
 CODEC, TEXT = CountingCodec(), EndedText()
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    return write_videos(tmp_path_factory.mktemp("videos") / "clips")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, videos):
-    """Four training clips in two shards, two for validation."""
-    folder = tmp_path_factory.mktemp("encoded") / "dataset"
-    encode(folder, videos)
-    return folder
-
-
 def options(dataset, **changes):
     return encoded.Options(path=str(dataset), text_len=4, **{"batch_size": 2, **changes})
-
-
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
-def assert_same_batches(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        assert a["name"] == b["name"] and a["caption"] == b["caption"]
-        for key in ("latent", "text"):
-            assert a[key].dtype == b[key].dtype == np.float32
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 def make(path, split="train", **changes):
@@ -102,11 +78,7 @@ def test_processes_share_each_batch(dataset):
         take(iter(encoded.make(options(dataset, process_index=i, process_count=2))), 3)
         for i in range(2)
     ]
-    for whole, first, second in zip(together, *shares, strict=True):
-        np.testing.assert_array_equal(
-            whole["latent"], np.concatenate([first["latent"], second["latent"]])
-        )
-        assert whole["name"] == first["name"] + second["name"]
+    assert_shares_make(together, shares)
 
 
 def test_validation_is_one_pass_in_order_of_whole_batches(videos, tmp_path):

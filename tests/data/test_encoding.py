@@ -17,7 +17,6 @@ from encoded_fixtures import (
     contents,
     encode,
     small_config,
-    write_videos,
 )
 from run_fixtures import quickly_compiled, script_env
 
@@ -35,27 +34,14 @@ def compiled_as_in_scripts():
         yield
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    return write_videos(tmp_path_factory.mktemp("videos") / "clips")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, videos):
-    """The data set of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "dataset"
-    assert encode(folder, videos) is not None
-    return folder
-
-
 def names_of(summary):
     return sorted(name for split in summary.values() for name in split["kept"])
 
 
-def test_tfds_reads_what_encoding_directly_gives(videos, whole):
+def test_tfds_reads_what_encoding_directly_gives(videos, dataset):
     codec, text, records = make_codec("pca"), EndedText(), {}
     for split in ("train", "validation"):
-        for record in tfds.builder_from_directory(whole).as_data_source(split):
+        for record in tfds.builder_from_directory(dataset).as_data_source(split):
             records[record["name"].decode()] = record
     clips = list_clips(videos)
     assert set(records) == {clip.name for clip in clips} and len(clips) == 6
@@ -72,14 +58,14 @@ def test_tfds_reads_what_encoding_directly_gives(videos, whole):
         np.testing.assert_array_equal(record["text"], embedding[:tokens])
         assert record["caption"].decode() == clip.caption
         assert record["fps"] == 16.0 and record["size"].tolist() == [32, 32, 9]
-    empty = np.load(whole / read_manifest(whole)["empty_text"])
+    empty = np.load(dataset / read_manifest(dataset)["empty_text"])
     np.testing.assert_array_equal(empty, text.encode([""])[0, :1])
 
 
-def test_tensorflow_is_not_loaded(whole):
+def test_tensorflow_is_not_loaded(dataset):
     code = (
         "import sys, ml_dtypes, tensorflow_datasets as tfds\n"
-        f"source = tfds.builder_from_directory({str(whole)!r}).as_data_source('train')\n"
+        f"source = tfds.builder_from_directory({str(dataset)!r}).as_data_source('train')\n"
         "print(len(source), source[0]['latent'].dtype, 'tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -93,8 +79,8 @@ def test_the_zeros_after_a_text_are_cut_and_those_inside_stay():
     assert cut_text(text_LD).tolist() == [[0, 0], [0, 0], [0, 3]]
 
 
-def test_held_out_clips_depend_on_their_names_alone(videos, whole, tmp_path):
-    split = json.loads((whole / SUMMARY).read_text())
+def test_held_out_clips_depend_on_their_names_alone(videos, dataset, tmp_path):
+    split = json.loads((dataset / SUMMARY).read_text())
     assert (split["train"]["num_kept"], split["validation"]["num_kept"]) == (4, 2)
     other = encode(tmp_path / "other", videos, shard_size=4)
     assert other["validation"]["kept"] == split["validation"]["kept"]
@@ -173,17 +159,17 @@ def test_a_latent_that_is_not_finite_is_skipped(videos, tmp_path):
     assert "NaN" in reason
 
 
-def test_any_number_of_processes_makes_the_same_files(videos, whole, tmp_path):
+def test_any_number_of_processes_makes_the_same_files(videos, dataset, tmp_path):
     folder, codecs = tmp_path / "dataset", [CountingCodec(), CountingCodec()]
     shares = {"process_count": 2}
     assert encode(folder, videos, codec=codecs[1], process_index=1, **shares) is None
     assert not (folder / MANIFEST).exists() and not (folder / "dataset_info.json").exists()
     assert encode(folder, videos, codec=codecs[0], process_index=0, **shares) is not None
     assert {codec.clips for codec in codecs} == {2, 4}
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(dataset)
 
 
-def test_stopped_it_goes_on_without_encoding_again(videos, whole, tmp_path):
+def test_stopped_it_goes_on_without_encoding_again(videos, dataset, tmp_path):
     folder, codec = tmp_path / "dataset", CountingCodec()
     assert encode(folder, videos, codec=codec, stop=lambda: codec.clips == 3) is None
     assert not (folder / MANIFEST).exists() and not list(folder.rglob(".writing*"))
@@ -192,14 +178,14 @@ def test_stopped_it_goes_on_without_encoding_again(videos, whole, tmp_path):
     codec = CountingCodec()
     assert encode(folder, videos, codec=codec) is not None
     assert codec.clips == 4  # the shard that was stopped in its middle, and the one after it
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(dataset)
     codec = CountingCodec()
-    assert encode(folder, videos, codec=codec) == json.loads((whole / SUMMARY).read_text())
+    assert encode(folder, videos, codec=codec) == json.loads((dataset / SUMMARY).read_text())
     assert codec.clips == 0
 
 
 def test_a_full_disk_ends_in_a_message_and_leaves_the_shard_to_the_next_run(
-    videos, whole, tmp_path
+    videos, dataset, tmp_path
 ):
     folder, before = tmp_path / "dataset", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
@@ -210,7 +196,7 @@ def test_a_full_disk_ends_in_a_message_and_leaves_the_shard_to_the_next_run(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(folder.rglob("*train-00000*"))
     assert encode(folder, videos) is not None
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(dataset)
 
 
 # Sends itself a signal at the third clip.
@@ -255,7 +241,7 @@ def test_a_signal_in_the_middle_of_a_shard(number, code, videos, tmp_path):
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_a_merge_that_was_killed_is_finished(videos, whole, tmp_path, monkeypatch):
+def test_a_merge_that_was_killed_is_finished(videos, dataset, tmp_path, monkeypatch):
     folder = tmp_path / "dataset"
 
     def killed(*_):
@@ -268,7 +254,7 @@ def test_a_merge_that_was_killed_is_finished(videos, whole, tmp_path, monkeypatc
     assert not (folder / MANIFEST).exists() and not (folder / "dataset_info.json").exists()
     codec = CountingCodec()
     assert encode(folder, videos, codec=codec) is not None and codec.clips == 0
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(dataset)
 
 
 @pytest.mark.parametrize(
@@ -292,9 +278,9 @@ def test_a_data_set_is_not_gone_on_with_in_other_settings(changes, lines, begun,
     assert contents(folder) == before
 
 
-def test_nor_with_other_videos(videos, whole, spoiled):
+def test_nor_with_other_videos(videos, dataset, spoiled):
     with pytest.raises(FileExistsError, match="source.clips.train: 4 there, 2 here"):
-        encode(whole, spoiled)
+        encode(dataset, spoiled)
 
 
 def test_a_folder_of_something_else_is_left_alone(videos, tmp_path):

@@ -2,7 +2,8 @@ import json
 
 import numpy as np
 import pytest
-from encoded_fixtures import CountingCodec, EndedText, encode, small_config, write_videos
+from batch_checks import take
+from encoded_fixtures import CountingCodec, EndedText, small_config
 
 from lact_jax.data import empty_text, make_dataset
 from lact_jax.data.mixture import join, parts
@@ -10,23 +11,14 @@ from lact_jax.data.mixture import join, parts
 CODEC, TEXT = CountingCodec(), EndedText()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The same clips as videos, and encoded."""
-    base = tmp_path_factory.mktemp("mixture")
-    write_videos(base / "videos")
-    encode(base / "dataset", base / "videos")
-    return base
-
-
 def config_of(datasets, **changes):
     options = {"datasets": datasets}
     return small_config(data__name="mixture", data__options=options, **changes)
 
 
-def two(folders, weights=(0.75, 0.25), **changes):
+def two(dataset, weights=(0.75, 0.25), **changes):
     """The encoded clips twice."""
-    part = {"name": "encoded", "path": str(folders / "dataset")}
+    part = {"name": "encoded", "path": str(dataset)}
     named = zip(("first", "second"), weights, strict=True)
     return config_of({key: part | {"weight": weight} for key, weight in named}, **changes)
 
@@ -35,14 +27,10 @@ def make(config, split="train"):
     return make_dataset("mixture", config, CODEC, TEXT, split)
 
 
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
 @pytest.mark.parametrize("weights", [(0.75, 0.25), (0.5, 0.5), (0.07, 0.93)])
-def test_each_data_set_has_its_share_of_any_run_of_clips(weights, folders):
+def test_each_data_set_has_its_share_of_any_run_of_clips(weights, dataset):
     """Which data set a clip is from shows in how far each of the two was read."""
-    batches = iter(make(two(folders, weights, data__batch_size=4)))
+    batches = iter(make(two(dataset, weights, data__batch_size=4)))
     for clips in range(4, 401, 4):
         assert next(batches)["latent"].shape == (4, 3, 4, 4, 16)
         read = [parent["next_index"] for parent in batches.get_state()["parents"]]
@@ -50,9 +38,9 @@ def test_each_data_set_has_its_share_of_any_run_of_clips(weights, folders):
         assert np.abs(np.subtract(read, np.multiply(weights, clips))).max() < 1.5
 
 
-def test_the_clips_of_a_batch_are_those_of_the_data_sets_in_order(folders):
-    batches = take(iter(make(two(folders, (0.5, 0.5)))), 6)
-    alone = small_config(folders / "dataset", data__name="encoded", data__batch_size=1)
+def test_the_clips_of_a_batch_are_those_of_the_data_sets_in_order(dataset):
+    batches = take(iter(make(two(dataset, (0.5, 0.5)))), 6)
+    alone = small_config(dataset, data__name="encoded", data__batch_size=1)
     alone = take(iter(make_dataset("encoded", alone, CODEC, TEXT)), 6)
     for mixed, clip in zip(batches, alone, strict=True):
         assert mixed["name"] == 2 * clip["name"] and mixed["caption"] == 2 * clip["caption"]
@@ -60,22 +48,22 @@ def test_the_clips_of_a_batch_are_those_of_the_data_sets_in_order(folders):
             np.testing.assert_array_equal(mixed[key], np.concatenate(2 * [clip[key]]))
 
 
-def test_the_position_is_json_and_the_same_batches_follow(folders):
-    batches = iter(make(two(folders)))
+def test_the_position_is_json_and_the_same_batches_follow(dataset):
+    batches = iter(make(two(dataset)))
     take(batches, 5)
     state = json.loads(json.dumps(batches.get_state()))
     expected = take(batches, 6)
-    resumed = iter(make(two(folders)))
+    resumed = iter(make(two(dataset)))
     resumed.set_state(state)
     for a, b in zip(take(resumed, 6), expected, strict=True):
         assert a["name"] == b["name"]
         np.testing.assert_array_equal(a["latent"], b["latent"])
 
 
-def test_videos_are_mixed_too_and_a_data_set_may_have_options_of_its_own(folders, tmp_path):
+def test_videos_are_mixed_too_and_a_data_set_may_have_options_of_its_own(videos, tmp_path):
     drawn = {"num_shapes": 1, "num_rings": 0, "num_validation_shapes": 2, "num_validation_rings": 0}
     config = config_of({
-        "films": {"name": "video_folder", "path": str(folders / "videos"), "weight": 0.5,
+        "films": {"name": "video_folder", "path": str(videos), "weight": 0.5,
                   "holdout": 4, "options": {"shuffle": False}},
         "drawn": {"name": "synthetic", "path": str(tmp_path), "weight": 0.5, "options": drawn},
     }, data__batch_size=4)  # fmt: skip
@@ -89,12 +77,12 @@ def test_videos_are_mixed_too_and_a_data_set_may_have_options_of_its_own(folders
     assert {"shapes_00000.mp4", "shapes_00001.mp4"} <= set(validation[0]["name"])
 
 
-def test_the_empty_caption_of_a_mixture_of_encoded_clips(folders):
+def test_the_empty_caption_of_a_mixture_of_encoded_clips(dataset):
     class Unused(EndedText):
         def encode(self, captions):
             raise AssertionError("the text encoder was asked")
 
-    embedding = empty_text("mixture", two(folders), Unused())
+    embedding = empty_text("mixture", two(dataset), Unused())
     np.testing.assert_array_equal(embedding, TEXT.encode([""])[0])
 
 
@@ -133,18 +121,18 @@ def test_weights_may_be_off_by_rounding():
     assert set(parts(config_of({"a": third, "b": third, "c": third}).data)) == {"a", "b", "c"}
 
 
-def test_other_options_and_size_buckets_are_refused(folders):
+def test_other_options_and_size_buckets_are_refused(dataset):
     config = small_config(data__name="mixture", data__options={"weights": [1.0]})
     with pytest.raises(ValueError, match=r"unknown \['weights'\]; it takes \['datasets'\]"):
         make(config)
     with pytest.raises(ValueError, match="a mixture draws clip by clip"):
-        make(two(folders, data__buckets=((32, 32), (64, 32))))
+        make(two(dataset, data__buckets=((32, 32), (64, 32))))
 
 
-def test_videos_and_encoded_clips_do_not_mix(folders):
+def test_videos_and_encoded_clips_do_not_mix(videos, dataset):
     config = config_of({
-        "a": {"name": "video_folder", "path": str(folders / "videos"), "weight": 0.5},
-        "b": {"name": "encoded", "path": str(folders / "dataset"), "weight": 0.5},
+        "a": {"name": "video_folder", "path": str(videos), "weight": 0.5},
+        "b": {"name": "encoded", "path": str(dataset), "weight": 0.5},
     })  # fmt: skip
     with pytest.raises(ValueError, match="batches of different forms.*frames.*latent"):
         next(iter(make(config)))

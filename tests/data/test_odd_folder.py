@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+from batch_checks import take
 from odd_videos import FPS, KINDS, garble, pictures, times, write, write_still
 
 from lact_jax.data import video_folder
@@ -28,10 +29,6 @@ def options(path, **changes):
     given = {"num_frames": 9, "height": 32, "width": 48, "fps": FPS, "batch_size": 3,
              "num_threads": 2}  # fmt: skip
     return video_folder.Options(path=str(path), **given | changes)
-
-
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
 
 
 def windows(batches):

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from batch_checks import assert_same_batches, take
 
 from lact_jax.config import DataConfig
 from lact_jax.data import DATASETS, make_dataset, random_latents, video_folder
@@ -35,18 +36,6 @@ def folder(tmp_path):
 def options(path, **changes):
     given = {"num_frames": 9, "height": 16, "width": 16, "batch_size": 2, "num_threads": 2}
     return Options(path=str(path), **given | changes)
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def same(first, second):
-    return all(
-        a["name"] == b["name"] and a["caption"] == b["caption"]
-        and a["frames"].tobytes() == b["frames"].tobytes()
-        for a, b in zip(first, second, strict=True)
-    )  # fmt: skip
 
 
 def names(batches):
@@ -90,9 +79,9 @@ def test_position_resumes_bit_for_bit(folder, num_threads, cache):
     expected = take(batches, 6)
     resumed = iter(video_folder.make(options(folder)))
     resumed.set_state(state)
-    assert same(take(resumed, 6), expected)
+    assert_same_batches(take(resumed, 6), expected)
     batches.set_state(state)  # and back in the same iterator
-    assert same(take(batches, 6), expected)
+    assert_same_batches(take(batches, 6), expected)
 
 
 def test_cache_decodes_once(folder, monkeypatch):
@@ -213,7 +202,7 @@ def test_damage_found_in_decoding_is_replaced_by_the_next_clip(folder, caplog, c
     garble(folder / "6.mp4")
     first, second = take(iter(video_folder.make(changed)), 2)
     assert first["name"] == [f"{i}.mp4" for i in (0, 1, 3, 3, 4, 5, 0)]
-    assert same([first], [second])
+    assert_same_batches([first], [second])
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 2 and "2.mp4" in warned[0] and "6.mp4" in warned[1]
 
