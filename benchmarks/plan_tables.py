@@ -21,7 +21,7 @@ from lact_jax.planning.virtual import gpu_devices
 
 FOLDER = flags.DEFINE_string("folder", "runs/plans", "Finished plans, one JSON file each.")
 OUT = flags.DEFINE_string("out", "docs/planner.md", "The page.")
-ONLY = flags.DEFINE_multi_string("only", [], "Make the plans of these names, and write no page.")
+COMPILE = flags.DEFINE_bool("compile", True, "Make the plans that are missing.")
 GPU = "h200"
 
 
@@ -87,13 +87,17 @@ def make(case: Case, card: Card) -> dict:
     return tables.as_json(plan, card) | {"text": tables.plan_text(plan, card)}
 
 
-def load(case: Case, card: Card, folder: Path) -> dict:
-    """A finished plan, made first where it is not in the folder."""
-    path = folder / f"{case.name}.json"
-    if not path.exists():
-        print(f"compiling {case.name}", flush=True)
-        path.write_text(json.dumps(make(case, card)))
-    return json.loads(path.read_text())
+def load(card: Card, folder: Path) -> dict[Case, dict]:
+    """The finished plans in the folder, those that are missing made first if they shall be."""
+    plans = {}
+    for case in CASES:
+        path = folder / f"{case.name}.json"
+        if not path.exists() and COMPILE.value:
+            print(f"compiling {case.name}", flush=True)
+            path.write_text(json.dumps(make(case, card)))
+        if path.exists():
+            plans[case] = json.loads(path.read_text())
+    return plans
 
 
 def summary(plans: dict[Case, dict], job: str) -> str:
@@ -171,12 +175,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")
     card, folder = find_card(GPU), Path(FOLDER.value)
     folder.mkdir(parents=True, exist_ok=True)
-    if ONLY.value:
-        for case in CASES:
-            if case.name in ONLY.value:
-                load(case, card, folder)
-        return
-    plans = {case: load(case, card, folder) for case in CASES}
+    plans = load(card, folder)
     notes = folder / "note.md"
     Path(OUT.value).write_text(
         PAGE.format(

@@ -17,7 +17,7 @@ class Measured:
     Attributes:
       program: its name.
       state: what it is given, by what that is; known exactly from shapes and shardings.
-      arguments: what it is given, as XLA counts it.
+      arguments: those of them that it uses, as XLA counts them.
       outputs: results that do not take the place of arguments.
       updated: what it is given and writes anew.
       gradients: of the parameters in float32, a part of `temporaries`.
@@ -42,8 +42,8 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        """Bytes that the program needs at once."""
-        return self.arguments + self.outputs + self.temporaries
+        """Bytes that are taken while the program runs, by what it does not use of its state too."""
+        return sum(self.state.values()) + self.outputs + self.temporaries
 
     @property
     def working(self) -> int:
@@ -61,8 +61,12 @@ def _runs_backward(jaxpr) -> bool:
     )
 
 
-def _nbytes(var) -> int:
-    return var.aval.size * var.aval.dtype.itemsize
+def _stacked_bytes(scan) -> int:
+    """Bytes of a scan's results but its carry, which has the shape that its body gives it."""
+    (body,) = jaxprs_in_params(scan.params)
+    pairs = zip(scan.outvars, body.outvars, strict=True)
+    stacked = [whole.aval for whole, one in pairs if whole.aval.shape != one.aval.shape]
+    return sum(aval.size * aval.dtype.itemsize for aval in stacked)
 
 
 def kept_bytes(jaxpr) -> int:
@@ -78,7 +82,7 @@ def kept_bytes(jaxpr) -> int:
         if is_scan and equation.params["reverse"]:
             continue
         if is_scan and not any(map(_runs_backward, inner)):
-            total += sum(map(_nbytes, equation.outvars[equation.params["num_carry"] :]))
+            total += _stacked_bytes(equation)
         else:
             total += sum(map(kept_bytes, inner))
     return total
