@@ -13,6 +13,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from lact_jax.video_io import reading
+
 HEIGHT, WIDTH, BAR = 32, 48, 4
 FPS = 10  # GIF counts hundredths of a second
 RED, DARK, BRIGHT = (220, 30, 30), (40, 40, 40), (220, 220, 220)
@@ -131,6 +133,19 @@ def mistitled(path: Path) -> Path:
     assert b"Lavf" in data
     path.write_bytes(data.replace(b"Lavf", b"\xff\xe9\xec\xff"))
     return path
+
+
+def note_decoded(monkeypatch) -> list:
+    """The pictures that FFmpeg decodes from here on, as they come."""
+    decoded, real = [], reading._decoded
+
+    def noting(*args):
+        for item in real(*args):
+            decoded.append(item)
+            yield item
+
+    monkeypatch.setattr(reading, "_decoded", noting)
+    return decoded
 
 
 KINDS: dict[str, Callable[[Path, np.ndarray], Path]] = {

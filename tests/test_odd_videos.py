@@ -11,7 +11,7 @@ import pytest
 from av.stream import Disposition
 from odd_videos import BRIGHT, DARK, FPS, KINDS, RED, TURNS, pictures, times, write
 
-from lact_jax.video_io import VideoError, probe_video, read_video, reading, shown_size
+from lact_jax.video_io import VideoError, probe_video, read_video, shown_size
 
 logging.getLogger("libav").setLevel(logging.CRITICAL)
 
@@ -60,14 +60,7 @@ def test_variable_rates_are_resampled_by_the_time_of_showing(tmp_path, kind):
 def test_a_window_of_a_long_file_decodes_little_more_than_itself(tmp_path, kind, monkeypatch):
     codec = "mpeg4" if kind.endswith("avi") else "libx264"
     path = write(tmp_path / kind, pictures(1500), codec=codec)
-    decoded, real = [], reading._decoded
-
-    def counting(*args):
-        for item in real(*args):
-            decoded.append(item)
-            yield item
-
-    monkeypatch.setattr(reading, "_decoded", counting)
+    decoded = odd_videos.note_decoded(monkeypatch)
     read = read_video(path, fps=FPS, start=1400, num_frames=9, height=16, width=16)
     assert len(read) == 9
     # The first picture, which tells where time begins; from the key frame 1392 on; the one after.

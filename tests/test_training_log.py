@@ -85,10 +85,16 @@ def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
     assert curves["throughput/mfu"].keys() == {2, 4, 5}
 
 
-def test_throughput_counts_tokens_and_flops_and_no_pauses(tmp_path, monkeypatch):
+@pytest.fixture
+def now(monkeypatch):
+    """The log's clock: `seconds` can be set."""
     now = types.SimpleNamespace(seconds=100.0)
     clock = types.SimpleNamespace(monotonic=lambda: now.seconds)
     monkeypatch.setattr(training_log, "time", clock)
+    return now
+
+
+def test_throughput_counts_tokens_and_flops_and_no_pauses(tmp_path, now):
     log = make_log(tmp_path)
     log.push(1, row(1), SIZE)
     now.seconds += 4  # two steps
@@ -108,10 +114,7 @@ def test_throughput_counts_tokens_and_flops_and_no_pauses(tmp_path, monkeypatch)
         assert r["mfu"] == pytest.approx(0.03 * r["steps_per_second"])
 
 
-def test_each_batch_counts_with_its_own_size(tmp_path, monkeypatch):
-    now = types.SimpleNamespace(seconds=0.0)
-    clock = types.SimpleNamespace(monotonic=lambda: now.seconds)
-    monkeypatch.setattr(training_log, "time", clock)
+def test_each_batch_counts_with_its_own_size(tmp_path, now):
     log = make_log(tmp_path)
     log.push(1, row(1), SIZE)
     now.seconds += 4

@@ -6,10 +6,11 @@ import wave
 import av
 import numpy as np
 import pytest
+from odd_videos import note_decoded
 from PIL import Image
 
 from lact_jax import video_io
-from lact_jax.video_io import VideoError, reading
+from lact_jax.video_io import VideoError
 
 logging.getLogger("libav").setLevel(logging.CRITICAL)  # broken files are made on purpose
 
@@ -55,15 +56,7 @@ def write_tone(path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The frames that FFmpeg decoded, as they come."""
-    frames, real = [], reading._decoded
-
-    def counting(*args):
-        for item in real(*args):
-            frames.append(item)
-            yield item
-
-    monkeypatch.setattr(reading, "_decoded", counting)
-    return frames
+    return note_decoded(monkeypatch)
 
 
 def test_what_is_written_is_read(tmp_path):
