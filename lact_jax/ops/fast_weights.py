@@ -84,12 +84,13 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
 
 
 @jax.custom_vjp
-def _sum_of_outer(a_BMSX: jax.Array, b_BMSY: jax.Array) -> jax.Array:
+def sum_of_outer(a_BMSX: jax.Array, b_BMSY: jax.Array) -> jax.Array:
+    """Sum over tokens of a b^T: (B, M, X, Y) float32, multiplied in a's dtype in both passes."""
     return _einsum("bmsx,bmsy->bmxy", a_BMSX, b_BMSY, preferred_element_type=jnp.float32)
 
 
 def _sum_of_outer_fwd(a_BMSX, b_BMSY):
-    return _sum_of_outer(a_BMSX, b_BMSY), (a_BMSX, b_BMSY)
+    return sum_of_outer(a_BMSX, b_BMSY), (a_BMSX, b_BMSY)
 
 
 def _sum_of_outer_bwd(residuals, grad_BMXY):
@@ -101,7 +102,7 @@ def _sum_of_outer_bwd(residuals, grad_BMXY):
     return da_BMSX, db_BMSY
 
 
-_sum_of_outer.defvjp(_sum_of_outer_fwd, _sum_of_outer_bwd)
+sum_of_outer.defvjp(_sum_of_outer_fwd, _sum_of_outer_bwd)
 
 
 def _hidden(w02_BMGE: jax.Array, x_BMSE: jax.Array) -> jax.Array:
@@ -214,9 +215,9 @@ def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
     dh_BMSH = _einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
     dh_BMSH = checkpoint_name(dh_BMSH, "hidden")
     h_BMSH, dg_BMSH, du_BMSH = _swiglu_gradient(gu_BMSG, dh_BMSH)
-    dw0_BMHE = _sum_of_outer(dg_BMSH, (lr0_BMS1 * k_BMSE).astype(dtype))
-    dw1_BMEH = _sum_of_outer((lr1_BMS1 * v_BMSE).astype(dtype), h_BMSH)
-    dw2_BMHE = _sum_of_outer(du_BMSH, (lr2_BMS1 * k_BMSE).astype(dtype))
+    dw0_BMHE = sum_of_outer(dg_BMSH, (lr0_BMS1 * k_BMSE).astype(dtype))
+    dw1_BMEH = sum_of_outer((lr1_BMS1 * v_BMSE).astype(dtype), h_BMSH)
+    dw2_BMHE = sum_of_outer(du_BMSH, (lr2_BMS1 * k_BMSE).astype(dtype))
     return FastWeights(jnp.concatenate([dw0_BMHE, dw2_BMHE], axis=-2), dw1_BMEH)
 
 
