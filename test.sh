@@ -18,4 +18,4 @@ fi
 "$venv/bin/ruff" check .
 peers=()
 [ "$extras" = dev ] && peers=(--ignore-glob="*test_peer_*")
-"$venv/bin/python" -m pytest "${peers[@]}" "$@"
+"$venv/bin/python" -m pytest -n "${WORKERS:-auto}" --maxprocesses=8 --dist=loadfile "${peers[@]}" "$@"
