@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,10 +131,11 @@ class _Run:
 
     def _restore_or_init(self) -> TrainState:
         config = self.config
-        abstract = jax.eval_shape(lambda: init_state(config))
+        init = functools.partial(init_state, config)  # one function: traced once
+        abstract = jax.eval_shape(init)
         shardings = state_shardings(self.mesh, abstract, abstract_params(config.model))
         if self.checkpoints.latest_step() is None:
-            return self._first_state(shardings)
+            return self._first_state(init, shardings)
         wanted = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
@@ -143,17 +144,16 @@ class _Run:
         data_position.restore(self.batches, data_state, readers, step, self.data, self.share)
         return state
 
-    def _first_state(self, shardings: TrainState) -> TrainState:
+    def _first_state(self, init: Callable[..., TrainState], shardings: TrainState) -> TrainState:
         """The state at step 0, from `init_from` where it is given; LaCT's new parameters, which a
         plain Wan does not have, are drawn from the run's seed."""
         config = self.config
         if not config.init_from:
-            return jax.jit(lambda: init_state(config), out_shardings=shardings)()
+            return jax.jit(init, out_shardings=shardings)()
         placed = merge(shardings.params, shardings.frozen)
         key = jax.random.key(config.seed)
         params = load_dit(config.init_from, config.model, placed, key)
-        make = jax.jit(lambda p: init_state(config, p), out_shardings=shardings, donate_argnums=0)
-        return make(params)
+        return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
     def loop(self, interrupt) -> None:
         """Steps until done or interrupted; saves on the way and at the end."""
