@@ -88,14 +88,17 @@ def test_a_finished_run_started_again_does_nothing(tmp_path, data_folder, finish
     assert_same_end(workdir, finished_run)
 
 
-def test_debug_trains_on_random_data_without_a_data_set(tmp_path):
+def test_debug_trains_and_validates_on_random_data_without_a_data_set(tmp_path):
     config = tiny_config(
-        tmp_path / "nothing here", data__name="video_folder", data__options={}, train__steps=2
-    )
+        tmp_path / "nothing here", data__name="video_folder", data__options={}, train__steps=2,
+        validation__every=2, validation__num_clips=100,
+    )  # fmt: skip
     assert quick_train(config, tmp_path / "run", debug=True) == 0
     assert not (tmp_path / "nothing here").exists()
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 2 and rows[0]["loss"] != rows[1]["loss"]
+    validated = read_metrics(tmp_path / "run" / "validation.jsonl")
+    assert [(row["step"], row["num_clips"]) for row in validated] == [(2, 4)]
 
 
 def test_a_workdir_of_another_config_is_refused_and_every_key_listed(

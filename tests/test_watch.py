@@ -161,15 +161,6 @@ def test_a_finished_run_is_not_watched_again(tmp_path, data_folder, watched_run,
     assert_same_watch(workdir, watched_run)
 
 
-def test_debug_validates_on_random_clips(tmp_path):
-    config = tiny_config(
-        tmp_path / "none", train__steps=1, validation__every=1, validation__num_clips=100
-    )
-    assert quick_train(config, tmp_path / "run", debug=True) == 0
-    rows = read_metrics(tmp_path / "run" / "validation.jsonl")
-    assert [(row["step"], row["num_clips"]) for row in rows] == [(1, 4)]
-
-
 def make_watch(config, workdir):
     """As a run makes it before its first step."""
     codec, text, mesh = make_parts(config)
