@@ -13,16 +13,10 @@ def get_config():
     # or the noise does not fit through a token.
     config.model.update(
         patch_size=(1, 4, 4),
-        dim=384,
-        ffn_dim=1024,
-        num_heads=6,
-        num_layers=3,
-        freq_dim=64,
-        text_dim=64,
-        text_len=12,
-        remat="none",
-        dtype="float32",
-    )
+        dim=384, ffn_dim=1024, num_heads=6, num_layers=3, freq_dim=64,
+        text_dim=64, text_len=12,
+        remat="none", dtype="float32",
+    )  # fmt: skip
     # From scratch nothing needs the gate to start at zero, and an open one trains much sooner.
     config.model.lact.update(
         fw_head_dim=32, inter_multi=2.0, muon=False, learnable_ttt_scale=False, ttt_scale=1.0
