@@ -18,7 +18,8 @@ README = flags.DEFINE_string("readme", None, "The file to write the table into."
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DEVICE = "NVIDIA H200"
-HEAD = ("what", "measured", "share of the matmul rate", "PyTorch", "target", "commit", "command")
+HEAD = ("what", "measured", "share of the matmul rate", "PyTorch", "target", "commit",
+        "command: `python -m benchmarks.…`")  # fmt: skip
 
 
 class Line(NamedTuple):
