@@ -10,7 +10,6 @@ are needed. A batch that the mesh can't share evenly is planned with as many cli
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -19,23 +18,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lact_jax import cli
-from lact_jax.config import Config, parse
-from lact_jax.planning import tables
+from lact_jax.config import parse
 from lact_jax.planning.cards import CARDS, find_card
-from lact_jax.planning.programs import JOBS, sizes_of
-from lact_jax.planning.search import (
-    FRUGALITY,
-    Choice,
-    Planner,
-    Shape,
-    meshes,
-    nearest_fitting,
-    ranked,
-    sweep,
-)
+from lact_jax.planning.programs import JOBS, chunk_tokens
+from lact_jax.planning.search import FRUGALITY, Planner, meshes, parse_mesh
+from lact_jax.planning.tables import answer, as_json, sweep_answer
 from lact_jax.planning.virtual import gpu_devices
 from lact_jax.sharding import MeshConfig
-from lact_jax.sizes import latent_size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 GPU = flags.DEFINE_string("gpu", "h200", f"The card: {', '.join(CARDS)}.")
@@ -49,23 +38,6 @@ POLICIES = flags.DEFINE_multi_enum(
 )
 NEAREST = flags.DEFINE_bool("nearest", True, "Where it does not fit, look for what does.")
 JSON = flags.DEFINE_string("json", None, "Write the plans to this file too.")
-
-
-def parse_mesh(text: str) -> Shape:
-    """'1,8,1' as (1, 8, 1); ValueError for anything but three whole numbers."""
-    parts = text.split(",")
-    try:
-        data, fsdp, seq = (int(part) for part in parts)
-    except ValueError:
-        raise ValueError(f"--mesh={text}: give data,fsdp,seq, for example 1,8,1") from None
-    return data, fsdp, seq
-
-
-def chunk_tokens(config: Config) -> int:
-    """Tokens of a chunk."""
-    _, height, width = latent_size(config, sizes_of(config))
-    sizes = config.objective.frames_per_chunk, height, width
-    return math.prod(n // p for n, p in zip(sizes, config.model.patch_size, strict=True))
 
 
 def run() -> int:
@@ -84,18 +56,12 @@ def run() -> int:
     if SWEEP.value:
         asked = [parse_mesh(text) for text in MESHES.value] or shapes
         policies = POLICIES.value if JOB.value == "train" else [config.model.remat]
-        choices = [Choice(shape, remat) for shape in asked for remat in policies]
-        plans = ranked(sweep(choices, planner))
-        print(tables.sweep_text(plans, card))
+        text, plans = sweep_answer(planner, asked, policies)
     else:
-        plans = [planner(planner.given())]
-        print(tables.plan_text(plans[0], card))
-        if not plans[0].fits and NEAREST.value:
-            found = nearest_fitting(plans[0], shapes, planner)
-            print(f"\nnearest: {tables.verdict(found, card) if found else 'nothing fits'}")
-            plans += [found] if found else []
+        text, plans = answer(planner, shapes if NEAREST.value else [])
+    print(text)
     if JSON.value:
-        written = [tables.as_json(plan, card) for plan in plans]
+        written = [as_json(plan, card) for plan in plans]
         Path(JSON.value).write_text(json.dumps(written, indent=1) + "\n")
     return 0 if any(plan.fits for plan in plans) else 2
 

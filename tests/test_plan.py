@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from run_fixtures import ROOT, quickly_compiled, script_env, tiny_config
 
-from lact_jax import plan as command
 from lact_jax.hlo import Collective, collectives
 from lact_jax.models.dit import abstract_params
 from lact_jax.planning import tables, virtual
@@ -32,6 +31,7 @@ from lact_jax.planning.search import (
     distance,
     meshes,
     nearest_fitting,
+    parse_mesh,
     ranked,
     sweep,
 )
@@ -289,8 +289,13 @@ class FakePlanner:
     KEPT = {"none": 400, "dots": 200, "selective": 120, "attention": 90, "full": 40}
     TIME = {"none": 3.0, "dots": 3.2, "selective": 3.4, "attention": 3.6, "full": 4.0}
 
-    def __init__(self, state: int):
-        self.state, self.compiled = state, []
+    card = H200
+
+    def __init__(self, state: int, given: Choice | None = None):
+        self.state, self._given, self.compiled = state, given, []
+
+    def given(self) -> Choice:
+        return self._given
 
     def _shared(self, choice) -> int:
         return choice.mesh[1] * choice.mesh[2]
@@ -363,6 +368,31 @@ def test_a_sweep_stops_at_the_first_policy_that_fits_and_ranks_by_time_a_clip():
     assert lines[2].split("|")[1:3] == [" 1,8,1         ", "  full "]
 
 
+def test_the_answer_has_the_plan_and_the_nearest_that_fits():
+    planner = FakePlanner(80, Choice((1, 8, 1), "dots"))
+    text, found = tables.answer(planner, meshes(8, 8))
+    assert [plan.fits for plan in found] == [False, True]
+    assert text.startswith("mesh 1,8,1, remat 'dots', 8 clips: DOES NOT FIT")
+    last = text.splitlines()[-1]
+    assert last.startswith("nearest: mesh 1,8,1, remat 'attention', 8 clips: fits")
+    assert "nearest" not in tables.answer(planner, [])[0]
+
+    text, found = tables.answer(FakePlanner(10_000, planner.given()), meshes(8, 8))
+    assert text.endswith("nearest: nothing fits") and len(found) == 1
+
+    text, found = tables.answer(FakePlanner(80, Choice((1, 8, 1), "full")), meshes(8, 8))
+    assert "fits" in text and "nearest" not in text and len(found) == 1
+
+
+def test_the_answer_to_a_sweep():
+    text, found = tables.sweep_answer(FakePlanner(160), [(1, 8, 1), (1, 1, 8)], ["full", "dots"])
+    assert found[0].choice == Choice((1, 8, 1), "full") and len(text.splitlines()) == 2 + 3 + 2
+    text, found = tables.sweep_answer(FakePlanner(160), [(8, 1, 1)], ["full"])
+    assert (text, found) == (
+        "the state alone is too much for a device on each of these meshes", []
+    )  # fmt: skip
+
+
 def test_the_state_is_known_without_compiling():
     planner = Planner(tiny_config(), "train", H200, jax.devices()[:1])
     config = planner.config
@@ -399,7 +429,7 @@ def test_gpus_that_are_no_whole_nodes(count):
 @pytest.mark.parametrize("text", ["1,8", "1,8,x", "8"])
 def test_a_mesh_that_is_not_three_numbers(text):
     with pytest.raises(ValueError, match=rf"--mesh={text}: give data,fsdp,seq"):
-        command.parse_mesh(text)
+        parse_mesh(text)
 
 
 def test_a_mesh_that_does_not_fit_is_an_error_before_anything_is_compiled():

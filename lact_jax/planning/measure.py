@@ -48,8 +48,9 @@ class Measured:
     @property
     def working(self) -> int:
         """Temporaries that are neither gradients nor kept for the backward pass: activations of the
-        layer at hand, its gathered parameters, buffers of collectives."""
-        return self.temporaries - self.gradients - self.kept
+        layer at hand, its gathered parameters, buffers of collectives. Counted as 0 where gradients
+        take the place of what was kept."""
+        return max(0, self.temporaries - self.gradients - self.kept)
 
 
 def _runs_backward(jaxpr) -> bool:

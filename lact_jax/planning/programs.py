@@ -75,6 +75,13 @@ def sizes_of(config: Config) -> Sizes:
     return Sizes(model.latent_channels, model.text_len, model.text_dim)
 
 
+def chunk_tokens(config: Config) -> int:
+    """Tokens of a chunk."""
+    _, height, width = latent_size(config, sizes_of(config))
+    sizes = config.objective.frames_per_chunk, height, width
+    return math.prod(n // p for n, p in zip(sizes, config.model.patch_size, strict=True))
+
+
 def plan_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of `config.mesh` over devices; ValueError where it or the sizes don't fit."""
     sizes = sizes_of(config)

@@ -102,6 +102,16 @@ class Planner:
         return Plan(choice, clips, measured, reduce(add, limits), fitting)
 
 
+def parse_mesh(text: str) -> Shape:
+    """'1,8,1' as (1, 8, 1); ValueError for anything but three whole numbers."""
+    parts = text.split(",")
+    try:
+        data, fsdp, seq = (int(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"--mesh={text}: give data,fsdp,seq, for example 1,8,1") from None
+    return data, fsdp, seq
+
+
 def meshes(gpus: int, tokens: int) -> list[Shape]:
     """Every (data, fsdp, seq) of so many GPUs in which seq divides the tokens of a chunk."""
     return [

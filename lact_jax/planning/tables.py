@@ -7,7 +7,7 @@ from typing import Any
 from lact_jax.planning.bounds import Bounds, bounds, exchanges
 from lact_jax.planning.cards import GPUS_PER_NODE, USABLE, Card
 from lact_jax.planning.measure import Measured
-from lact_jax.planning.search import Plan
+from lact_jax.planning.search import Choice, Plan, Shape, nearest_fitting, ranked, sweep
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -123,6 +123,29 @@ def sweep_text(plans: Sequence[Plan], card: Card) -> str:
         "communication ms", "ms a clip",
     )  # fmt: skip
     return f"{table(header, rows)}\n\n{assumptions(card)}"
+
+
+def answer(planner: Any, shapes: Sequence[Shape]) -> tuple[str, list[Plan]]:
+    """The plan of what the config gives, and where it does not fit the nearest that does on one of
+    the meshes `shapes`: (text, plans). For `planner` see search.Planner."""
+    plans = [planner(planner.given())]
+    parts = [plan_text(plans[0], planner.card)]
+    if not plans[0].fits and shapes:
+        found = nearest_fitting(plans[0], shapes, planner)
+        plans += [found] if found else []
+        parts.append(f"nearest: {verdict(found, planner.card) if found else 'nothing fits'}")
+    return "\n\n".join(parts), plans
+
+
+def sweep_answer(
+    planner: Any, shapes: Sequence[Shape], policies: Sequence[str]
+) -> tuple[str, list[Plan]]:
+    """All plans that `sweep` makes of these meshes and remat policies, ranked: (text, plans)."""
+    choices = [Choice(shape, remat) for shape in shapes for remat in policies]
+    plans = ranked(sweep(choices, planner))
+    if not plans:
+        return "the state alone is too much for a device on each of these meshes", plans
+    return sweep_text(plans, planner.card), plans
 
 
 def as_json(plan: Plan, card: Card) -> dict[str, Any]:
