@@ -196,6 +196,7 @@ def start(config: DistributedConfig) -> None:
     _join(job, config, deadline)
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
+        jax.distributed.shutdown()  # in order, for every process comes here
         listed = ", ".join(f"{count} in process {i}" for i, count in sorted(devices.items()))
         raise ValueError(
             f"the processes have different numbers of devices ({listed}): a mesh needs as many in "
