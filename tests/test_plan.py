@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from run_fixtures import ROOT, quickly_compiled, script_env, tiny_config
 
+from lact_jax.flops import count_jaxpr_flops
 from lact_jax.hlo import Collective, collectives
 from lact_jax.models.dit import abstract_params
+from lact_jax.ops.attention import attend
 from lact_jax.planning import tables, virtual
 from lact_jax.planning.bounds import bounds, collective_seconds, exchanges, fits
 from lact_jax.planning.cards import CARDS, USABLE, find_card
@@ -180,6 +182,20 @@ def test_kept_is_what_layers_stack_for_the_backward_pass():
     assert kept_bytes(one) == 5 * 7 * 4  # the input of each layer
     many = jax.make_jaxpr(accumulated)(weights, jnp.ones((3, 7), jnp.float32)).jaxpr
     assert kept_bytes(many) == 5 * 7 * 4
+
+
+@pytest.mark.parametrize("queries", [584, 585])
+def test_fused_attention_of_any_number_of_queries_has_gradients(queries):
+    def loss(q, k, v):
+        return attend(q, k, v).astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((1, n, 2, 128), jnp.bfloat16) for n in (queries, 512, 512)]
+    with virtual.tracing("cuda"):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*shapes)
+    assert [x.shape for x in jaxpr.out_avals] == [x.shape for x in shapes]
+    # Two matmuls forward, five backward, on an even number of queries.
+    even = queries + queries % 2
+    assert count_jaxpr_flops(jaxpr.jaxpr) == 7 * 2 * 2 * even * 512 * 128
 
 
 def test_a_batch_is_planned_with_as_many_clips_as_its_mesh_can_share():

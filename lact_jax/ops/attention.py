@@ -43,7 +43,12 @@ def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array
     platform = _TARGET.get() or jax.default_backend()
     backend = choose_backend(platform, q_BSNK.dtype, q_BSNK.shape[-1])
     exact = matmul_precision(q_BSNK.dtype) is not None
+    queries = q_BSNK.shape[1]
+    if backend == "cudnn" and queries % 2:
+        # JAX refuses to differentiate cuDNN's attention of an odd length. One query more changes
+        # nothing for the others.
+        q_BSNK = jnp.pad(q_BSNK, ((0, 0), (0, 1), (0, 0), (0, 0)))
     with jax.default_matmul_precision("highest" if exact else "default"):
         o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
     # cuDNN's output is saved by its primitive, with what its backward pass needs.
-    return o_BSNK if backend == "cudnn" else checkpoint_name(o_BSNK, "attention")
+    return o_BSNK[:, :queries] if backend == "cudnn" else checkpoint_name(o_BSNK, "attention")
