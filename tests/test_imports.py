@@ -48,8 +48,8 @@ ALLOWED = {
     },
     "training_log": {"config", "flops", "run_logging", "tensorboard_run", "wandb_run"},
     "validation": {
-        "batch_encoder", "config", "diffusion", "distributed", "models", "objective", "ops", "optim",
-        "sharding", "workdir",
+        "batch_encoder", "config", "diffusion", "distributed", "models", "objective", "ops",
+        "optim", "sharding", "workdir",
     },
     "train_state": {"config", "models", "objective", "ops", "optim"},
     "sizes": {"config", "data", "encoders", "objective", "ops"},

@@ -27,7 +27,11 @@ EXCEPTIONS = {
     # Newton-Schulz of updates, (E, H) each: the iteration squares its errors.
     "Muon": lambda a, b: {*a[-2:], *b[-2:]} <= {E, H},
 }
-ALLOWED = {"lact": {"time embedding", "Muon"}, "window": {"time embedding"}}
+ALLOWED = {
+    "lact": {"time embedding", "Muon"},
+    "window": {"time embedding"},
+    "gla": {"time embedding"},
+}
 
 
 @functools.cache

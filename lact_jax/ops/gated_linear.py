@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lact_jax.ops.fast_weights import sum_of_outer
 from lact_jax.ops.numerics import matmul_precision
 from lact_jax.ops.parallel import sum_over_tokens
 
@@ -28,20 +29,16 @@ class Chunk(NamedTuple):
     decay_BME: jax.Array
 
 
-def _einsum(equation: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
-    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), **options)
-
-
 def read(state_BMEE: jax.Array, q_BMTE: jax.Array) -> jax.Array:
     """S^T q for every query: (B, M, T, E), in q's dtype. State axes are (key, value)."""
-    return _einsum("bmte,bmef->bmtf", q_BMTE, state_BMEE.astype(q_BMTE.dtype))
+    dtype = q_BMTE.dtype
+    precision = matmul_precision(dtype)
+    return jnp.einsum("bmte,bmef->bmtf", q_BMTE, state_BMEE.astype(dtype), precision=precision)
 
 
 def update(state_BMEE: jax.Array, chunk: Chunk) -> jax.Array:
     """The state after a chunk, (B, M, E, E) float32."""
-    written = _einsum(
-        "bmse,bmsf->bmef", chunk.k_BMSE, chunk.v_BMSE, preferred_element_type=jnp.float32
-    )
+    written = sum_of_outer(chunk.k_BMSE, chunk.v_BMSE)
     decay_BME1 = chunk.decay_BME.astype(jnp.float32)[..., None]
     return decay_BME1 * state_BMEE + sum_over_tokens(written)
 
