@@ -86,8 +86,8 @@ def test_slurm_runs_one_process_a_node_with_all_its_gpus():
 
 FAKES = {
     "srun": """echo "srun $*"
-        trap 'exit {ended}' TERM
-        echo ready; sleep 60 & wait""",
+        sleep 60 >/dev/null & trap 'kill $!; exit {ended}' TERM
+        echo ready; wait""",
     "scontrol": 'echo "scontrol $*"',
 }
 
