@@ -66,7 +66,7 @@ LAYOUT = flags.DEFINE_enum("layout", "wan", list(TARGETS), "Of the source and of
 ONLY = flags.DEFINE_list("only", list(PUBLISHED), "The components of the source.")
 DTYPE = flags.DEFINE_enum("dtype", "published", list(DTYPES), "Of the source's tensors.")
 LOAD = flags.DEFINE_bool("load", False, "Load the DiT into float32 parameters with new LaCT ones.")
-FOLDER = flags.DEFINE_string("folder", None, "Scratch; must not exist.", required=True)
+FOLDER = flags.DEFINE_string("folder", None, "Scratch; must not exist.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +279,8 @@ def run(folder: Path, source: Checkpoint, with_load: bool) -> None:
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    if not FOLDER.value:
+        raise app.UsageError("--folder=SCRATCH: name a folder that does not exist yet")
     folder = Path(FOLDER.value)
     source = Checkpoint(SIZE.value, LAYOUT.value, tuple(ONLY.value), DTYPE.value)
     folder.mkdir(parents=True)
