@@ -1,6 +1,7 @@
 """The benchmarks run in their small form and print one line of JSON with what they promise; their
 results are kept by row; the README's table is what the results give."""
 
+import functools
 import importlib
 import json
 import math
@@ -15,6 +16,13 @@ from benchmarks import all as all_benchmarks
 from benchmarks import table
 
 ROOT = Path(__file__).parents[1]
+
+
+@functools.cache  # a flag that was taken away and put back has lost its module
+def flags_of_benchmarks() -> list[str]:
+    """Names of the flags of benchmarks that test modules have imported."""
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    return [f.name for m, defined in modules if m.startswith("benchmarks.") for f in defined]
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def run(capsys):
 
     def call(name, *arguments):
         taken = {flag: flags.FLAGS[flag] for flag in own_flags}
-        for flag in ("rows", "out", "commit", "note", "small", "readme"):
+        for flag in flags_of_benchmarks():
             delattr(flags.FLAGS, flag)
         try:
             module = importlib.import_module(f"benchmarks.{name}")

@@ -121,7 +121,7 @@ WIDE = dict(dim=256, num_heads=2, ffn_dim=512, num_layers=1, text_len=40, text_d
     ("mixer", "backward"), [("lact", False), *((mixer, True) for mixer in MIXERS)]
 )
 def test_xla_counts_the_same_within_a_few_percent(mixer, backward):
-    lact = {"fw_head_dim": 128, "muon": True, "muon_iters": 1}
+    lact = {"fw_head_dim": 256, "muon": True, "muon_iters": 1}
     model, layout = small(lact, **WIDE, mixer=mixer), SequenceLayout(2, 1)
     work = count_sequence(model, layout, TOKENS)
     if backward:

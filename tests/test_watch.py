@@ -36,15 +36,21 @@ WATCHED = {
 }  # fmt: skip
 
 
-def watched_config(data_folder, **changes):
-    return tiny_config(data_folder, **{**WATCHED, **changes})
+@pytest.fixture(scope="module")
+def watched_folder(tmp_path_factory, data_folder):
+    """A copy of the clips: fewer are held out beside them than other tests want."""
+    return shutil.copytree(data_folder, tmp_path_factory.mktemp("watched") / "clips")
+
+
+def watched_config(watched_folder, **changes):
+    return tiny_config(watched_folder, **{**WATCHED, **changes})
 
 
 @pytest.fixture(scope="module")
-def watched_run(tmp_path_factory, data_folder):
+def watched_run(tmp_path_factory, watched_folder):
     """The run of `finished_run`, validated and sampled after steps 3 and 6."""
     workdir = tmp_path_factory.mktemp("runs") / "watched"
-    assert quick_train(watched_config(data_folder), workdir) == 0
+    assert quick_train(watched_config(watched_folder), workdir) == 0
     return workdir
 
 
@@ -107,7 +113,7 @@ def test_speed_is_reported_in_tokens_and_flops(watched_run):
 
 
 def test_after_ctrl_c_inside_or_a_kill_nothing_is_lost_or_there_twice(
-    tmp_path, data_folder, watched_run, monkeypatch
+    tmp_path, watched_folder, watched_run, monkeypatch
 ):
     call = Validator.__call__
 
@@ -115,7 +121,7 @@ def test_after_ctrl_c_inside_or_a_kill_nothing_is_lost_or_there_twice(
         os.kill(os.getpid(), signal.SIGINT)
         return call(self, *arguments)
 
-    config, workdir = watched_config(data_folder), tmp_path / "run"
+    config, workdir = watched_config(watched_folder), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Validator, "__call__", call_under_signal)
         assert quick_train(config, workdir) == 130
@@ -152,12 +158,12 @@ def test_ctrl_c_inside_a_clip_leaves_no_folder(tmp_path, monkeypatch):
     assert list(clips) == list(PROMPTS) and read_video(clips[PROMPTS[0]]).mean() > 190
 
 
-def test_a_finished_run_is_not_watched_again(tmp_path, data_folder, watched_run, monkeypatch):
+def test_a_finished_run_is_not_watched_again(tmp_path, watched_folder, watched_run, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(watched_run, workdir)
     monkeypatch.setattr(Validator, "__call__", None)  # calling it is an error
     monkeypatch.setattr(LoopSampler, "__call__", None)
-    assert quick_train(watched_config(data_folder), workdir) == 0
+    assert quick_train(watched_config(watched_folder), workdir) == 0
     assert_same_watch(workdir, watched_run)
 
 
@@ -168,36 +174,36 @@ def make_watch(config, workdir):
     return watch.Watch(config, config.data.name, codec, text, encoder, mesh, workdir, 0)
 
 
-def test_a_data_set_without_held_out_clips_is_an_error(tmp_path, data_folder):
+def test_a_data_set_without_held_out_clips_is_an_error(tmp_path, watched_folder):
     config = tiny_config(
-        data_folder, data__name="video_folder", data__options={}, validation__every=2
+        watched_folder, data__name="video_folder", data__options={}, validation__every=2
     )
     fixes = r"held out .*--config\.data\.holdout=16.*--config\.validation\.every=0"
     with pytest.raises(ValueError, match=fixes):
         make_watch(config, tmp_path)
 
 
-def test_too_few_held_out_clips_are_an_error(tmp_path, data_folder):
-    config = watched_config(data_folder, validation__num_clips=3)
+def test_too_few_held_out_clips_are_an_error(tmp_path, watched_folder):
+    config = watched_config(watched_folder, validation__num_clips=3)
     with pytest.raises(ValueError, match=r"num_clips=3, but .*'synthetic' has 2 clips"):
         make_watch(config, tmp_path)
 
 
-def test_a_missing_prompt_file_and_missing_prompts_are_errors(tmp_path, data_folder):
+def test_a_missing_prompt_file_and_missing_prompts_are_errors(tmp_path, watched_folder):
     with pytest.raises(ValueError, match="nothing to sample: give validation.prompts"):
-        tiny_config(data_folder, validation__sample_every=2)
+        tiny_config(watched_folder, validation__sample_every=2)
     file = str(tmp_path / "none.txt")
     config = tiny_config(
-        data_folder, validation__sample_every=2, validation__prompts_file=file
+        watched_folder, validation__sample_every=2, validation__prompts_file=file
     )
     with pytest.raises(FileNotFoundError, match="none.txt: no such prompt file"):
         make_watch(config, tmp_path)
 
 
-def test_a_missing_key_does_not_claim_the_workdir(tmp_path, data_folder, monkeypatch):
+def test_a_missing_key_does_not_claim_the_workdir(tmp_path, watched_folder, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     keys = str(tmp_path / "keys.yaml")
-    config = tiny_config(data_folder, wandb__mode="online", wandb__api_keys=keys)
+    config = tiny_config(watched_folder, wandb__mode="online", wandb__api_keys=keys)
     with pytest.raises(ValueError, match="there is no API key: set WANDB_API_KEY"):
         quick_train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
