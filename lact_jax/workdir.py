@@ -71,9 +71,21 @@ def _opened(
         file = folder / "config.json"
         old = _read_config(file) if file.exists() else new
         _raise_on_other_config(folder, old, new, may_differ)
-        if not file.exists() or old != new:
+        is_first = not file.exists()
+        if is_first or old != new:
             write_atomically(file, json.dumps(new, indent=2, sort_keys=True) + "\n")
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_first and not _holds_a_run(folder):
+                file.unlink()  # the mended config is to start here
+            raise
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a run has written anything here but its config."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return any(file.stat().st_size for file in files if file.name not in ("config.json", ".lock"))
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

@@ -147,3 +147,21 @@ if __name__ == "__main__":
     with open_workdir(sys.argv[1], CONFIG):
         print("open", flush=True)
         sys.stdin.read()
+
+
+def test_a_start_that_fails_before_it_wrote_anything_leaves_the_folder_free(tmp_path):
+    with pytest.raises(KeyError), open_workdir(tmp_path, {"lr": 1.0}) as folder:
+        (folder / "metrics.jsonl").touch()
+        raise KeyError
+    with open_workdir(tmp_path, {"lr": 2.0}):
+        (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(WorkdirError, match="another config"), open_workdir(tmp_path, {"lr": 1.0}):
+        pass
+
+
+def test_a_failure_of_a_run_that_has_begun_keeps_its_config(tmp_path):
+    with pytest.raises(KeyError), open_workdir(tmp_path, {"lr": 1.0}) as folder:
+        (folder / "metrics.jsonl").write_text("{}")
+        raise KeyError
+    with pytest.raises(WorkdirError, match="another config"), open_workdir(tmp_path, {"lr": 2.0}):
+        pass
