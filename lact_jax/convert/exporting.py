@@ -142,6 +142,12 @@ def _select(task: Export, origin: Origin) -> list[str]:
             f"{task.src} holds {', '.join(origin.configs)}, of which the layout {task.to!r} has "
             "nothing"
         )
+    if "dit" in wanted and origin.configs["dit"].position_embedding:
+        raise ConversionError(
+            f"--to={task.to}: {task.src} adds a position embedding to its patches "
+            "(model.position_embedding=True), which a Wan model can't do: its weights mean nothing "
+            "there. Only models trained with model.position_embedding=False can be exported"
+        )
     return wanted
 
 

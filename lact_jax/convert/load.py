@@ -29,8 +29,8 @@ from lact_jax.models.vae import VAEConfig
 _log = logging.getLogger(__name__)
 # How much is read at a time, on its way through host memory.
 _CONCURRENT_GB = 4
-# Sizes that shapes don't show: two models that differ in them are different all the same.
-_UNSEEN_SIZES = ("num_heads", "eps", "patch_size")
+# What shapes don't show: two models that differ in it are different all the same.
+_UNSEEN = ("num_heads", "eps", "patch_size", "position_embedding")
 
 
 def load_dit(
@@ -127,7 +127,7 @@ class _DiTPlan:
                 f"model.{name}",
                 f"{getattr(there, name)} in the file, {getattr(config, name)} asked for",
             )
-            for name in _UNSEEN_SIZES
+            for name in _UNSEEN
             if name not in assumed and getattr(there, name) != getattr(config, name)
         ]
         for name, row in here.items():

@@ -24,34 +24,11 @@ from lact_jax.models.block import MIXERS, Block, Head
 from lact_jax.models.gla import GLAConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.models.layers import MLP, gelu_tanh, linear
+from lact_jax.models.remat import REMAT_POLICIES
 from lact_jax.models.sharded import ShardedDiT
 from lact_jax.ops import parallel
 from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout
-
-# What the backward pass finds saved instead of computing it again.
-_POLICIES = jax.checkpoint_policies
-ATTENTION_PRIMITIVE = "dot_product_attention_fwd_wrapper"
-
-
-def _is_attention(primitive, *_, **__) -> bool:
-    # By primitive: saving only cuDNN's named output would still run its forward twice.
-    return primitive.name == ATTENTION_PRIMITIVE
-
-
-REMAT_POLICIES = {
-    "full": _POLICIES.nothing_saveable,
-    "attention": _POLICIES.save_from_both_policies(
-        _POLICIES.save_only_these_names("attention"), _is_attention
-    ),
-    # All that is dear to compute but the wide FFN activations, which are dear to keep.
-    "selective": _POLICIES.save_from_both_policies(
-        _POLICIES.save_only_these_names("attention", "qkv", "fast_weights", "ffn"), _is_attention
-    ),
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -65,6 +42,9 @@ class DiTConfig:
       lact: one LaCTConfig or several, cycled over the layers. 'window' and 'gla' take from it what
         they share with LaCT, the window's size for one.
       gla: the state of 'gla'.
+      position_embedding: add a fixed embedding of a token's row and column to its patch. Without
+        one, as in Wan, the place in the picture is only felt through RoPE's distances, which a
+        model that trains from scratch is slow to learn from.
       remat: 'none', or a key of REMAT_POLICIES.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
     """
@@ -83,6 +63,7 @@ class DiTConfig:
     attn_every_n_layers: int = 0
     lact: tuple[LaCTConfig, ...] = (LaCTConfig(),)
     gla: GLAConfig = GLAConfig()
+    position_embedding: bool = False
     remat: str = "full"
     dtype: str = "bfloat16"
 
@@ -98,6 +79,11 @@ class DiTConfig:
             raise ValueError(
                 f"model.dim={self.dim} over model.num_heads={self.num_heads}: the head width must "
                 "be a whole, even number"
+            )
+        if self.position_embedding and self.dim % 4:
+            raise ValueError(
+                f"model.dim={self.dim} with model.position_embedding: choose a multiple of 4, for "
+                "the sine and cosine of a row and a column"
             )
         if not self.lact:
             raise ValueError("model.lact: give at least one set of options")
@@ -216,11 +202,20 @@ class DiT(nnx.Module):
         rotation_CSP2 = rope_rotations(frame_CF[:, ::frames] // frames, *grid, head_dim)
         return parallel.own_tokens(rotation_CSP2, axis=1)
 
+    def _embed(self, x_BCFhwc: jax.Array) -> jax.Array:
+        """The residual stream (B, C, S, D) that enters the blocks, float32."""
+        patch, dim = self.config.patch_size, self.config.dim
+        tokens = parallel.own_tokens(layers.patchify(x_BCFhwc, patch), axis=2)
+        x_BCSD = self.patch_embedding(tokens).astype(jnp.float32)
+        if not self.config.position_embedding:
+            return x_BCSD
+        grid = (size // by for size, by in zip(x_BCFhwc.shape[2:5], patch, strict=True))
+        return x_BCSD + parallel.own_tokens(layers.position_embedding(*grid, dim), axis=0)
+
     def _run(self, x_BCFhwc, timestep_BC, text_kv, extra, mix):
         """Embeds, runs the blocks and projects back. `mix(mixer, y, extra_of_layer)`."""
         frames, height, width = x_BCFhwc.shape[2:5]
-        tokens = parallel.own_tokens(layers.patchify(x_BCFhwc, self.config.patch_size), axis=2)
-        x_BCSD = self.patch_embedding(tokens).astype(jnp.float32)
+        x_BCSD = self._embed(x_BCFhwc)
         e, e0 = self._time(timestep_BC)
 
         def body(x, blocks, extra):

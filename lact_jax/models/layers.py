@@ -15,6 +15,7 @@ from flax import nnx
 from lact_jax.ops.numerics import matmul_precision
 
 MAX_TIMESTEP = 1000
+POSITION_THETA = 100.0
 
 
 def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, kernel_init=None) -> nnx.Linear:
@@ -129,6 +130,27 @@ def timestep_embedding(timestep: jax.Array, width: int) -> jax.Array:
     small = (timestep - whole)[..., None] * frequency
     cos_a, sin_a, cos_b, sin_b = cos_table[index], sin_table[index], jnp.cos(small), jnp.sin(small)
     return jnp.concatenate([cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b], axis=-1)
+
+
+def position_embedding(frames: int, height: int, width: int, dim: int) -> jax.Array:
+    """[cos | sin] of the row, then of the column, of every token of a chunk: (S, D) float32.
+
+    The angles turn by pi * 100^(-i / (D/4)) from one token to the next: neighbours differ as much
+    as can be, and no two of some hundred are alike. A token's does not depend on the size.
+
+    Args:
+      frames, height, width: tokens of a chunk; all frames have the same embedding.
+      dim: D, a multiple of 4.
+    """
+    pairs = dim // 4
+    frequency = np.pi * POSITION_THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
+    parts = []
+    for shape in ((height, 1), (1, width)):
+        position = jnp.arange(max(shape), dtype=jnp.float32).reshape(*shape, 1)
+        angle = position * jnp.asarray(frequency, jnp.float32)
+        part = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        parts.append(jnp.broadcast_to(part, (frames, height, width, dim // 2)))
+    return jnp.concatenate(parts, axis=-1).reshape(frames * height * width, dim)
 
 
 def patchify(x_BCFhwc: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
