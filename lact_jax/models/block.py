@@ -18,6 +18,8 @@ from lact_jax.models.lact import LaCT
 from lact_jax.models.layers import MLP, AffineLayerNorm, RMSNorm, gelu_tanh, layer_norm, linear
 from lact_jax.models.mixer import attend_chunks
 from lact_jax.models.window import WindowAttention
+from lact_jax.ops import kernels
+from lact_jax.ops.feed_forward import feed_forward, fits
 
 # Mixer name -> module; mixer.py says what a mixer is.
 MIXERS = {
@@ -66,6 +68,23 @@ def copy_for_chunks(x_BLNK: jax.Array, chunks: int) -> jax.Array:
     return copies.astype(x_BLNK.dtype)
 
 
+class FeedForward(MLP):
+    """Linear, GELU, Linear; the hidden layer by kernels where `config.kernels` wants them."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        dim, dtype = config.dim, config.dtype
+        super().__init__(dim, config.ffn_dim, dim, gelu_tanh, dtype=dtype, rngs=rngs)
+        self.kernels, self.fits = config.kernels, fits(config.ffn_dim)
+
+    def __call__(self, x_BCSD: jax.Array) -> jax.Array:
+        if not (self.fits and kernels.wanted(self.kernels, x_BCSD.dtype)):
+            return super().__call__(x_BCSD)
+        w1, w2 = (fc.kernel[...].astype(x_BCSD.dtype) for fc in (self.fc1, self.fc2))
+        flat_TD = x_BCSD.reshape(-1, x_BCSD.shape[-1])
+        y_TD = feed_forward(flat_TD, w1, self.fc1.bias[...], w2)
+        return (y_TD + self.fc2.bias[...].astype(y_TD.dtype)).reshape(x_BCSD.shape)
+
+
 class Block(nnx.Module):
     """One transformer block; residual stream and modulation in float32 (REFERENCE.md 2)."""
 
@@ -78,7 +97,7 @@ class Block(nnx.Module):
         self.self_attn = MIXERS[mixer_name](config, options, rngs=rngs)
         self.norm3 = AffineLayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(config, rngs=rngs)
-        self.ffn = MLP(dim, config.ffn_dim, dim, gelu_tanh, dtype=dtype, rngs=rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
 
     def __call__(self, x_BCSD: jax.Array, e0_BC6D: jax.Array, text_kv, mix):
         """Runs the block.

@@ -26,7 +26,7 @@ from lact_jax.models.lact import LaCTConfig
 from lact_jax.models.layers import MLP, gelu_tanh, linear
 from lact_jax.models.remat import REMAT_POLICIES
 from lact_jax.models.sharded import ShardedDiT
-from lact_jax.ops import parallel
+from lact_jax.ops import kernels, parallel
 from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -47,6 +47,7 @@ class DiTConfig:
         model that trains from scratch is slow to learn from.
       remat: 'none', or a key of REMAT_POLICIES.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
+      kernels: 'auto' for Triton kernels where the device takes them, 'xla' for never (ops/kernels).
     """
 
     dim: int = 1536
@@ -66,6 +67,7 @@ class DiTConfig:
     position_embedding: bool = False
     remat: str = "full"
     dtype: str = "bfloat16"
+    kernels: str = "auto"
 
     def __post_init__(self):
         if self.mixer not in MIXERS:
@@ -75,6 +77,8 @@ class DiTConfig:
             raise ValueError(f"model.remat={self.remat!r}: choose one of {names}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"model.dtype={self.dtype!r}: choose 'bfloat16' or 'float32'")
+        if self.kernels not in kernels.CHOICES:
+            raise ValueError(f"model.kernels={self.kernels!r}: choose one of {kernels.CHOICES}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(
                 f"model.dim={self.dim} over model.num_heads={self.num_heads}: the head width must "

@@ -28,6 +28,11 @@ def tracing_for(platform: str) -> Iterator[None]:
         _TARGET.reset(before)
 
 
+def target_platform() -> str | None:
+    """What `tracing_for` names, None outside of it."""
+    return _TARGET.get()
+
+
 def choose_backend(platform: str, dtype, head_dim: int) -> str:
     """'cudnn' where cuDNN's fused kernel takes the call, else 'xla'.
 
@@ -40,7 +45,7 @@ def choose_backend(platform: str, dtype, head_dim: int) -> str:
 
 def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
-    platform = _TARGET.get() or jax.default_backend()
+    platform = target_platform() or jax.default_backend()
     backend = choose_backend(platform, q_BSNK.dtype, q_BSNK.shape[-1])
     exact = matmul_precision(q_BSNK.dtype) is not None
     queries = q_BSNK.shape[1]

@@ -1,4 +1,6 @@
-"""Cross-attention chunk by chunk is that of all tokens at once, in both directions."""
+"""Cross-attention by chunk is that of all tokens at once, and kernels give what layers give."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,12 @@ from einops import rearrange
 from flax import nnx
 from numpy_twins import relative_error
 
+from lact_jax.models import block
 from lact_jax.models.block import CrossAttention, copy_for_chunks
 from lact_jax.models.dit import DiTConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.ops.attention import attend
+from lact_jax.ops.feed_forward import feed_forward
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -72,3 +76,25 @@ def test_gradients_of_the_text_are_added_in_float32():
     (total,) = transpose(copies)
     assert total.dtype == jnp.bfloat16
     assert np.all(np.asarray(total, np.float32) == 300)
+
+
+@pytest.mark.usefixtures("float32_matmuls")
+def test_feed_forward_by_kernels_is_the_plain_one_under_remat_too(monkeypatch):
+    config = DiTConfig(dim=D, ffn_dim=256, num_heads=HEADS, lact=(LaCTConfig(fw_head_dim=D),))
+    config = replace(config, dtype="float32")
+    graph, params = nnx.split(block.FeedForward(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    x, dy = (jnp.asarray(rng.standard_normal((B, C, S, D)), jnp.float32) for _ in range(2))
+
+    def outputs():
+        layer = jax.checkpoint(lambda params, x: nnx.merge(graph, params)(x))
+        y, transpose = jax.vjp(layer, params, x)
+        return jax.tree.leaves((y, transpose(dy)))
+
+    plain = outputs()
+    monkeypatch.setattr(block.kernels, "wanted", lambda *_: True)
+    monkeypatch.setattr(block, "feed_forward", lambda *args: feed_forward(*args, True))
+    for mine, want in zip(outputs(), plain, strict=True):
+        assert mine.dtype == want.dtype
+        assert relative_error(mine, want) < 2e-6
