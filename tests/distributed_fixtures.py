@@ -5,9 +5,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from convert.convert_fixtures import CONFIG_JSON, random_tensors, write_wan
 from run_fixtures import script_env
+
+from lact_jax.convert import Import, import_checkpoint
+from lact_jax.models.dit import DiTConfig
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LAST_PORTS = 65536 - 4096  # JAX puts SLURM's and Open MPI's coordinators here, by the job's number
@@ -92,3 +98,14 @@ def finish(processes: Sequence[subprocess.Popen], seconds: float) -> list[tuple[
         for process in processes:
             process.kill()
     return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def converted_wan(folder: Path, model: DiTConfig) -> Path:
+    """A converted folder in `folder`: a random Wan of a model's sizes, without its fast weights."""
+    tensors = random_tensors("dit", replace(model, mixer="full"), dtype=np.float32)
+    sizes = {name: getattr(model, name) for name in ("num_layers", "ffn_dim", "freq_dim")}
+    sizes |= {"in_dim": model.latent_channels, "out_dim": model.latent_channels}
+    config_json = CONFIG_JSON | sizes | {"text_len": model.text_len}
+    source = write_wan(folder / "source", {k: 0.2 * x for k, x in tensors.items()}, config_json)
+    import_checkpoint(Import(source, folder / "converted"), log=lambda *_: None)
+    return folder / "converted"

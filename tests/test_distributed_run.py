@@ -15,6 +15,7 @@ import pytest
 from distributed_fixtures import (
     WORKER,
     alone,
+    converted_wan,
     finish,
     free_last_port,
     free_port,
@@ -23,7 +24,7 @@ from distributed_fixtures import (
     slurm,
     start,
 )
-from run_fixtures import assert_same_bits, restore
+from run_fixtures import assert_same_bits, restore, tiny_config
 
 from lact_jax.checkpoint import complete_steps
 from lact_jax.run_logging import read_metrics
@@ -68,23 +69,31 @@ def assert_done(processes, jobs: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, data_folder) -> Path:
-    """A run of two processes from its first step to its last, one of which one process is told to
-    end, and what they sample."""
+def wan(tmp_path_factory) -> dict:
+    """What makes a run start from a converted Wan, which has no fast weights: they are drawn."""
+    folder = converted_wan(tmp_path_factory.mktemp("wan"), tiny_config().model)
+    return {"init_from": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, data_folder, wan) -> Path:
+    """A run of two processes from its first step to its last, one from a converted Wan which one
+    process is told to end, and what they sample."""
     folder = tmp_path_factory.mktemp("together")
     watched = config(data_folder, WATCH)
     stopped = {"signal": [1, 1, signal.SIGTERM]}
     assert_done(work([
         {"train": f"{folder}/run", "config": watched},
-        {"train": f"{folder}/wide", "config": config(data_folder, WIDE)} | stopped,
+        {"train": f"{folder}/wide", "config": config(data_folder, WIDE, wan)} | stopped,
         {"sample": f"{folder}/run", "out": f"{folder}/clips", "config": watched},
     ], slurm(free_last_port())), [0, 143, 0])  # fmt: skip
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(together, tmp_path_factory, data_folder) -> Path:
-    """The same of one process, and a run that goes on from step 2 of the two processes'."""
+def one(together, tmp_path_factory, data_folder, wan) -> Path:
+    """The same of one process, and a run that goes on from step 2 of the two processes'. All are
+    cut alike, so that their step is compiled once."""
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(together / "run", folder / "resumed")
     for step in complete_steps(folder / "resumed" / "checkpoints"):
@@ -94,7 +103,8 @@ def one(together, tmp_path_factory, data_folder) -> Path:
     assert_done(work([
         {"train": f"{folder}/run", "config": watched},
         {"train": f"{folder}/resumed", "config": config(data_folder, WATCH, LOOK_AWAY)},
-    ], alone, [4]), [0, 0])  # fmt: skip
+        {"train": f"{folder}/wan", "config": config(data_folder, wan, {"train.steps": 3})},
+    ], alone, [4]), [0, 0, 0])  # fmt: skip
     return folder
 
 
@@ -119,13 +129,23 @@ def test_two_processes_train_as_one_does(together, one):
     assert relative_error(arrays(together / "run"), arrays(one / "run")) < 1e-6
 
 
-def test_two_processes_share_every_clip_and_leave_at_one_step_when_one_is_told_to(together):
+def test_two_processes_share_every_clip_and_leave_at_one_step_when_one_is_told_to(together, one):
     (step,) = complete_steps(together / "wide" / "checkpoints")[-1:]
     assert 0 < step < STEPS
-    found, expected = losses(together / "wide"), losses(together / "run")
+    found, expected = losses(together / "wide"), losses(one / "wan")
     assert len(found) == step and relative_error([found], [expected[:step]]) < 1e-6
     *_, meta = restore(together / "wide")
     assert meta == {"step": step}  # one part of a batch, which both load
+
+
+def test_two_processes_start_from_converted_weights(together, one):
+    starts = [losses(folder)[0] for folder in (together / "wide", together / "run")]
+    assert abs(starts[0] / starts[1] - 1) > 1e-3  # other weights than a new model's
+    step = complete_steps(together / "wide" / "checkpoints")[-1]
+    state, expected = restore(together / "wide"), restore(one / "wan", step)
+    for name in ("params", "ema"):
+        found, want = (jax.tree.leaves(run[0][name]) for run in (state, expected))
+        assert relative_error(found, want) < 1e-6
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(together, one):
