@@ -59,6 +59,7 @@ def tiny(*lact_options: dict, **changes) -> DiTConfig:
 
 MODELS = {name: tiny(options) for name, options in LACT_OPTIONS.items()} | {
     "two sets cycled": tiny({"momentum": True}, {"kv_cache_size": 5, "qkv_silu": True}),
+    "position embedding": tiny(position_embedding=True),
     "mixed": tiny({}, attn_every_n_layers=2),
     "full attention": tiny(mixer="full"),
     "window alone": tiny({"kv_cache_size": 5}, mixer="window"),

@@ -17,7 +17,14 @@ from convert_fixtures import (
     write_wan,
 )
 
-from lact_jax.convert import Import, import_checkpoint, parse_options
+from lact_jax.convert import (
+    Export,
+    Import,
+    export_checkpoint,
+    import_checkpoint,
+    load_dit,
+    parse_options,
+)
 from lact_jax.convert.errors import ConversionError, in_few_lines
 
 TENSORS = random_tensors("dit", PLAIN)
@@ -200,6 +207,19 @@ def test_wrong_options(case, tmp_path):
     with pytest.raises(ConversionError, match=message):
         import_checkpoint(Import(**task), log=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("to", ["wan", "diffusers"])
+def test_a_position_embedding_which_wan_has_not(to, tmp_path):
+    write_wan(tmp_path / "src", TENSORS)
+    options = parse_options("position_embedding=true", None)
+    converted = tmp_path / "converted"
+    import_checkpoint(Import(tmp_path / "src", converted, options=options), log=silent)
+    with pytest.raises(ConversionError, match=f"--to={to}: .*converted .*model.position_embedding"):
+        export_checkpoint(Export(converted, tmp_path / "out", to), log=silent)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConversionError, match="position_embedding: True in the file, False asked"):
+        load_dit(converted, PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The whole model: what is cached, scanned, stacked or recomputed equals its plain form."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -71,6 +72,7 @@ CASES = [
     ("default", 1), ("momentum and muon", 2), ("two sets cycled", 1), ("two sets cycled", 2),
     ("mixed", 2), ("full attention", 1), ("full attention", 2), ("window alone", 1),
     ("window alone", 2), ("gated linear", 1), ("gated linear in two heads", 2),
+    ("position embedding", 1),
 ]  # fmt: skip
 # One of each mixer, and how many chunks a clean chunk reaches: a window knows the last one alone.
 REACH = {
@@ -205,6 +207,7 @@ def test_scan_over_layers_is_a_loop_over_blocks(name):
 type_of_x = type(random_inputs(1, 1))
 
 
+@functools.cache
 def loss_and_gradients(config):
     x = random_inputs(1, 1)
 
@@ -362,6 +365,7 @@ def test_real_size_runs_abstractly():
         ({"dtype": "float16"}, r"model\.dtype='float16'"),
         ({"num_heads": 5}, r"model\.dim=48 over model\.num_heads=5"),
         ({"num_heads": 16}, r"model\.num_heads=16.*even"),
+        ({"dim": 42, "num_heads": 3, "position_embedding": True}, r"model\.dim=42 .* of 4"),
         ({"lact": ()}, r"model\.lact"),
         ({"lact": (lact(fw_head_dim=36),)}, r"fw_head_dim=36 does not divide model\.dim=48"),
     ],
