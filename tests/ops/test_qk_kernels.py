@@ -1,0 +1,120 @@
+"""The kernel between projections and their readers, interpreted, against the plain operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lact_jax.ops.numerics import l2_norm
+from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
+from lact_jax.ops.rope import apply_rope, rope_rotations
+
+EPS, L2_EPS = 1e-6, 1e-5
+B, C, HEIGHT, WIDTH = 2, 4, 3, 5
+S = HEIGHT * WIDTH
+SOME, ALL = ((1, 3),), ((0, C),)
+
+
+def relative(a, b):
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def options(fast_heads, window=ALL, fast=ALL):
+    return QKOptions(fast_heads, EPS, L2_EPS, window, fast, interpret=True)
+
+
+def case(heads, head_dim, seed=0):
+    """Arguments of `window_and_fast` in float32."""
+    draw = np.random.default_rng(seed)
+    width = heads * head_dim
+    x, scale, fast_scale, offset = (
+        jnp.asarray(centre + spread * draw.normal(size=shape), jnp.float32)
+        for centre, spread, shape in (
+            (0, 2, (B, C, S, width)), (1, 0.2, width), (1, 0.2, width), (0, 0.3, width)
+        )
+    )  # fmt: skip
+    frames = jnp.arange(C, dtype=jnp.int32)[:, None]
+    return x, rope_rotations(frames, HEIGHT, WIDTH, head_dim), scale, fast_scale, offset
+
+
+def plain(x, rotation, scale, fast_scale, offset, options):
+    """As models/lact.py and models/layers.py have it, in float32."""
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + options.eps) * scale
+    heads = (*x.shape[:-1], -1, 2 * rotation.shape[2])
+    window = apply_rope(normed.reshape(heads), rotation)
+    y = apply_rope((normed * fast_scale + offset).reshape(heads), rotation)
+    y = jnp.swapaxes(y.reshape(*x.shape[:-1], options.fast_heads, -1), -3, -2)
+    fast = y / (l2_norm(y) + options.l2_eps)
+    return tuple(
+        tuple(out[:, first:end] for first, end in ranges)
+        for out, ranges in ((window, options.window), (fast, options.fast))
+    )
+
+
+def both_ways(args, options, low=None):
+    """Outputs and gradients of the kernel, and of the plain form in float32."""
+    got_args = args if low is None else (args[0].astype(low), *args[1:])
+    args = got_args[0].astype(jnp.float32), *args[1:]
+    got, transpose = jax.vjp(lambda *args: window_and_fast(*args, options), *got_args)
+    want, want_transpose = jax.vjp(lambda *args: plain(*args, options), *args)
+    draw = np.random.default_rng(1)
+    cotangents = jax.tree.map(
+        lambda y: jnp.asarray(draw.normal(size=y.shape), jnp.float32).astype(y.dtype), got
+    )
+    exact = jax.tree.map(lambda g: g.astype(jnp.float32), cotangents)
+    grads, want_grads = transpose(cotangents), want_transpose(exact)
+    assert not np.any(grads[1])  # the rotation's
+    return (got, grads[:1] + grads[2:]), (want, want_grads[:1] + want_grads[2:])
+
+
+def check(got, want, dtype, limit):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for mine, exact in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert mine.shape == exact.shape
+        assert mine.dtype == (jnp.float32 if mine.ndim == 1 else dtype)
+        assert relative(mine, exact) < limit
+
+
+CASES = [
+    (2, 8, 1, ALL, ALL),
+    (3, 12, 3, ALL, ALL),  # a fast head is an attention head; neither size is a power of two
+    (6, 4, 2, ((0, 3), (3, 4)), SOME),  # the fast weights read two chunks of four
+    (6, 4, 1, ALL, ((0, 1), (1, 3), (3, 4))),
+    (4, 4, 2, ALL, ((1, 3), (0, 2))),  # chunk 1 is read twice, chunk 3 not at all
+]
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "fast_heads", "window", "fast"), CASES)
+def test_values_and_gradients_are_those_of_the_plain_form(
+    heads, head_dim, fast_heads, window, fast
+):
+    args = case(heads, head_dim)
+    got, want = both_ways(args, options(fast_heads, window, fast))
+    check(got, want, jnp.float32, 2e-6)
+
+
+def test_in_bfloat16_the_kernel_stays_near_float32():
+    got, want = both_ways(case(6, 4), options(2, ALL, SOME), low=jnp.bfloat16)
+    check(got, want, jnp.bfloat16, 5e-3)
+
+
+def test_tokens_of_many_programs_are_all_counted():
+    x, _, *vectors = case(2, 4)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 130, 8)), jnp.float32)
+    rotation = rope_rotations(jnp.arange(2, dtype=jnp.int32)[:, None], 10, 13, 4)
+    got, want = both_ways((x, rotation, *vectors), options(1, ((0, 2),), ((1, 2),)))
+    check(got, want, jnp.float32, 2e-6)
+
+
+def test_zeros_have_finite_gradients():
+    x, rotation, scale, fast_scale, _ = case(2, 4)
+    args = x.at[:, 0].set(0), rotation, scale, fast_scale, jnp.zeros(8, jnp.float32)
+    got, want = both_ways(args, options(1))
+    check(got, want, jnp.float32, 2e-6)
+
+
+def test_kernels_take_whole_heads_that_fit_into_registers():
+    assert fits(12, 128, 2) and fits(40, 128, 8)
+    assert not fits(12, 128, 8)  # one and a half heads in each
+    assert not fits(80, 128, 1)
