@@ -56,6 +56,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "Muon, 4 heads": {"model.lact.muon": True, "model.lact.fw_head_dim": 32},
     "Muon, no weight norm": {"model.lact.muon": True, "model.lact.weight_norm": False},
     "Muon, momentum": {"model.lact.muon": True, "model.lact.momentum": True},
+    "Muon, momentum, 1 head": {
+        "model.lact.muon": True, "model.lact.momentum": True, "model.lact.fw_head_dim": 128,
+    },
 }  # fmt: skip
 
 

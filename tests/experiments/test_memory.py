@@ -70,6 +70,23 @@ def test_a_second_start_trains_only_what_is_missing(out, monkeypatch, capsys):
         memory.main([f"--out={out}", "--small", "--seeds", "0"])
 
 
+def test_a_model_that_diverged_says_so_and_stands_in_the_way_of_none(tmp_path, out):
+    content = json.loads((out / memory_report.RESULTS).read_text())
+    broken = json.loads(json.dumps(content["rows"]["lact"]))
+    broken["loss"][1][NOISE_LEVELS.index(0.95)][3] = float("nan")
+    content["rows"]["lact: broken"] = broken
+    (tmp_path / memory_report.RESULTS).write_text(json.dumps(content))
+    report = memory_report.Report(tmp_path, (0, 3))
+    row = next(line for line in report.table().splitlines() if line.startswith("| lact: broken"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[5] == "diverged" and cells[7] == ""
+    assert cells[3] not in ("", "diverged") and cells[6].endswith("%")
+    mixers, variants = report.plot().axes
+    assert [line.get_label() for line in mixers.lines] == ["window", "lact"]
+    widths = [bar.get_width() for bar in variants.patches]
+    assert np.isfinite(widths[:2]).all() and np.isnan(widths[2])
+
+
 @pytest.fixture(scope="module")
 def clips():
     rng = np.random.default_rng(0)
