@@ -9,8 +9,10 @@ def get_config():
     config = tiny()
     config.model.update(
         patch_size=(1, 2, 2),
-        dim=256, ffn_dim=1024, num_heads=4, num_layers=6, remat="none", dtype="bfloat16"
-    )
+        dim=256, ffn_dim=1024, num_heads=4, num_layers=6, remat="none", dtype="bfloat16",
+        # Trained this long it learns places from RoPE, as Wan does.
+        position_embedding=False,
+    )  # fmt: skip
     config.model.lact.update(fw_head_dim=64, muon=True, learnable_ttt_scale=True)
     config.data.update(path="runs/data/synthetic_1536", batch_size=32, num_threads=8)
     config.data.options = ConfigDict({"num_shapes": 1152, "num_rings": 384, "seed": 0})

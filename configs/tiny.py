@@ -16,6 +16,9 @@ def get_config():
         dim=384, ffn_dim=1024, num_heads=6, num_layers=3, freq_dim=64,
         text_dim=64, text_len=12,
         remat="none", dtype="float32",
+        # In pure noise all tokens look alike, and RoPE knows distances alone: without it the shape
+        # is drawn in every part of the picture at once.
+        position_embedding=True,
     )  # fmt: skip
     # From scratch nothing needs the gate to start at zero, and an open one trains much sooner.
     config.model.lact.update(
