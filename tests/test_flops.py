@@ -117,6 +117,7 @@ def test_forward_and_backward_are_nearly_those_of_the_jaxpr(case, trainable, mon
 WIDE = dict(dim=256, num_heads=2, ffn_dim=512, num_layers=1, text_len=40, text_dim=32)
 
 
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("mixer", "backward"), [("lact", False), *((mixer, True) for mixer in MIXERS)]
 )

@@ -13,6 +13,7 @@ def test_quickstart_trains_and_shows_clips(tmp_path, monkeypatch):
     few = {"STEPS": "2", "CLIPS": "6", "SAMPLE_STEPS": "2", "RUN": str(tmp_path)}
     for name, value in few.items():
         monkeypatch.setenv(f"QUICKSTART_{name}", value)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of what it costs
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()

@@ -10,6 +10,8 @@ from lact_jax.models.dit import DiTConfig, abstract_params
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.optim import OptimConfig, learning_rate, make_optimizer, merge, split_trainable
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PARAMS = abstract_params(
     DiTConfig(
         dim=24, ffn_dim=32, num_heads=2, num_layers=4, freq_dim=8, text_dim=8, text_len=4,
@@ -72,7 +74,7 @@ def test_steps_are_those_of_a_slow_adamw_with_groups(clip_norm):
         updates, state = optimizer.update(grads, state, params)
         return jax.tree.map(lambda p, u: p - lr * u, params, updates), state
 
-    first, state = params, optimizer.init(params)
+    first, state = params, jax.jit(optimizer.init)(params)
     for g, lr in zip(grads, lrs, strict=True):
         params, state = step(params, state, g, jnp.float32(lr))
     assert set(named(params)) == set(expected)

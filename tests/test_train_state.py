@@ -29,6 +29,7 @@ def changed(config: Config, **train) -> Config:
 
 
 _STEPS: dict = {}
+_FIRST: dict = {}
 
 
 def step_of(config: Config):
@@ -46,7 +47,8 @@ def first_state(config: Config) -> TrainState:
         lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32),
         abstract_params(config.model),
     )
-    return jax.jit(lambda given: init_state(config, given))(params)
+    init = _FIRST.setdefault(repr(config), jax.jit(lambda given: init_state(config, given)))
+    return init(params)
 
 
 def host(tree):
@@ -95,9 +97,7 @@ def test_averages_are_of_the_new_parameters_and_frozen_ones_stay():
 
 
 def test_the_state_is_donated_and_the_step_is_compiled_once():
-    config = CONFIG
-    step = jax.jit(make_train_step(config), donate_argnums=0)
-    state = first_state(config)
+    step, state = step_of(CONFIG), first_state(CONFIG)
     for seed in range(3):
         before = state
         state, metrics = step(state, *batch(seed), EMPTY)
