@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from lact_jax.models.full_attention import FullAttention
 from lact_jax.models.gla import GatedLinearAttention
 from lact_jax.models.lact import LaCT
-from lact_jax.models.layers import MLP, AffineLayerNorm, RMSNorm, gelu_tanh, layer_norm, linear
+from lact_jax.models.layers import MLP, NormParams, RMSNorm, gelu_tanh, linear
 from lact_jax.models.mixer import attend_chunks
 from lact_jax.models.window import WindowAttention
 from lact_jax.ops import kernels
 from lact_jax.ops.feed_forward import feed_forward, fits
+from lact_jax.ops.norm_kernels import add_norm, choose_backend, layer_norm
 
 # Mixer name -> module; mixer.py says what a mixer is.
 MIXERS = {
@@ -91,13 +92,20 @@ class Block(nnx.Module):
     def __init__(self, config: Any, spec, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, config.dtype
         mixer_name, options = spec
-        self.eps, self.dtype = config.eps, dtype
+        self.eps, self.dtype, self.kernels = config.eps, dtype, config.kernels
         noise = jax.random.normal(rngs.params(), (6, dim), jnp.float32)
         self.modulation = nnx.Param(noise / jnp.float32(dim) ** 0.5)
         self.self_attn = MIXERS[mixer_name](config, options, rngs=rngs)
-        self.norm3 = AffineLayerNorm(dim, config.eps)
+        self.norm3 = NormParams(dim)
         self.cross_attn = CrossAttention(config, rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
+
+    def _add_norm(self, x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD):
+        backend = choose_backend(self.kernels, self.dtype, x_BCSD.shape[-1])
+        return add_norm(
+            x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD,
+            eps=self.eps, dtype=self.dtype, backend=backend,
+        )  # fmt: skip
 
     def __call__(self, x_BCSD: jax.Array, e0_BC6D: jax.Array, text_kv, mix):
         """Runs the block.
@@ -111,19 +119,19 @@ class Block(nnx.Module):
         Returns:
           The new stream and what `mix` returned beside y.
         """
-        e = (e0_BC6D + self.modulation[...])[:, :, :, None]
+        e = e0_BC6D + self.modulation[...]
         shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, i] for i in range(6))
-        y = (layer_norm(x_BCSD, self.eps) * (1 + scale1) + shift1).astype(self.dtype)
+        norm3 = self.norm3.scale[...][None, None], self.norm3.bias[...][None, None]
+        x_BCSD, y = self._add_norm(x_BCSD, None, None, 1 + scale1, shift1)
         with jax.named_scope("self_attention"):
             y, aux = mix(self.self_attn, y)
-        x_BCSD = x_BCSD + gate1 * y
+        x_BCSD, y = self._add_norm(x_BCSD, y, gate1, *norm3)
         with jax.named_scope("cross_attention"):
-            y = self.cross_attn(self.norm3(x_BCSD).astype(self.dtype), text_kv)
-        x_BCSD = x_BCSD + y.astype(jnp.float32)
-        y = (layer_norm(x_BCSD, self.eps) * (1 + scale2) + shift2).astype(self.dtype)
+            y = self.cross_attn(y, text_kv)
+        x_BCSD, y = self._add_norm(x_BCSD, y, None, 1 + scale2, shift2)
         with jax.named_scope("ffn"):
             y = checkpoint_name(self.ffn(y), "ffn")
-        return x_BCSD + gate2 * y, aux
+        return x_BCSD + gate2[:, :, None] * y, aux
 
 
 class Head(nnx.Module):

@@ -72,24 +72,12 @@ class RMSNorm(nnx.Module):
         return (x32 * rms * self.scale[...]).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm over the last axis without an affine part, in float32."""
-    x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(variance + eps)
+class NormParams(nnx.Module):
+    """Scale and bias of a LayerNorm; `ops.norm_kernels.add_norm` computes it."""
 
-
-class AffineLayerNorm(nnx.Module):
-    """LayerNorm with scale and bias, in float32."""
-
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
 
 
 class MLP(nnx.Module):
