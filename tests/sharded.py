@@ -127,7 +127,7 @@ def random_batch(batch: int):
 
 
 def loss_and_gradients(config: DiTConfig, shape, batch: int) -> SimpleNamespace:
-    """loss, stats and gradients in host memory, and the compiled text."""
+    """loss, stats and gradients in host memory, and the compiled program."""
     mesh, params = mesh_of(shape), random_params(config)
     shardings = state_shardings(mesh, params, params)
 
@@ -144,12 +144,12 @@ def loss_and_gradients(config: DiTConfig, shape, batch: int) -> SimpleNamespace:
     (value, aux), gradients = compiled(jax.device_put(params, shardings), *placed)
     return SimpleNamespace(
         loss=float(value), by_chunk=np.asarray(aux[1]), stats=present(jax.device_get(aux[0])),
-        gradients=jax.device_get(gradients),
-        text=compiled.as_text(),
+        gradients=jax.device_get(gradients), compiled=compiled,
     )  # fmt: skip
 
 
-def compare(config: DiTConfig, shapes, batch: int) -> dict[str, dict]:
+def compare(config: DiTConfig, shapes, batch: int, *, read: bool = False) -> dict[str, dict]:
+    """The errors on each mesh beside one device; with `read`, the collectives as well."""
     one = loss_and_gradients(config, ONE, batch)
     table = {}
     for shape in shapes:
@@ -159,14 +159,16 @@ def compare(config: DiTConfig, shapes, batch: int) -> dict[str, dict]:
             "by_chunk": error(many.by_chunk, one.by_chunk),
             "stats": errors(many.stats, one.stats),
             "gradients": errors(joined_rates(many.gradients), joined_rates(one.gradients)),
-            "collectives": [asdict(c) for c in collectives(many.text)],
         }
+        if read:
+            found = collectives(many.compiled.as_text())
+            table[str(shape)]["collectives"] = [asdict(c) for c in found]
     return table
 
 
 def meshes(_: Path) -> dict:
     """The default layer on meshes of eight devices."""
-    return compare(tiny(), MESHES, batch=8)
+    return compare(tiny(), MESHES, batch=8, read=True)
 
 
 def rollout_params(config: Config) -> dict:

@@ -34,6 +34,7 @@ def test_a_chunk_after_committed_ones_is_that_of_one_device(name, computed):
     assert computed[0][name]["velocity"] < 1e-5
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_a_rollout_is_that_of_one_device(computed):
     _, rollout = computed
     config = dataclasses.replace(sharded.ROLLOUT, mesh=MeshConfig())
