@@ -14,7 +14,6 @@ from typing import Any
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
 from lact_jax.data import encoded_format as layout
 from lact_jax.data.batch import EncodedBatch, check_clip_count, process_share
@@ -89,6 +88,8 @@ class _Reader:
         self._open()
 
     def _open(self) -> None:
+        import tensorflow_datasets as tfds  # over a second, which only encoded data needs
+
         options = self._options
         builder = tfds.builder_from_directory(options.path)
         self._source = builder.as_data_source(options.split)

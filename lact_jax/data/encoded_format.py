@@ -18,11 +18,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import tensorflow_datasets as tfds
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 DATASET_NAME = "lact_clips"
 FORMAT = "lact_jax encoded clips"
@@ -39,6 +41,8 @@ _PROBE_TOLERANCE = 0.03
 def features(latent_channels: int, text_dim: int) -> tfds.features.FeaturesDict:
     """A clip's record. `text` has the caption's own tokens alone, `size` is height, width and
     number of frames before encoding."""
+    import tensorflow_datasets as tfds  # over a second, which only encoded data needs
+
     tensor = tfds.features.Tensor
     return tfds.features.FeaturesDict({
         "latent": tensor(
