@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lact_jax.models.layers import RMSNorm, linear, project_float32
+from lact_jax.models.layers import RMSNorm, linear, project_float32, without_bias
 from lact_jax.models.mixer import (
     QKVO,
     KeyValues,
@@ -23,10 +24,13 @@ from lact_jax.models.mixer import (
     attend_with_past,
     mean_norm,
     window_attention,
+    window_parts,
 )
 from lact_jax.ops import fast_weights as fw
+from lact_jax.ops import kernels
 from lact_jax.ops.numerics import l2_norm
 from lact_jax.ops.parallel import mean_over_tokens
+from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -108,7 +112,7 @@ class LaCT(QKVO):
         if dim % head_dim:
             raise ValueError(f"lact.fw_head_dim={head_dim} does not divide the width dim={dim}")
         super().__init__(dim, config.num_heads, config.eps, dtype=dtype, rngs=rngs)
-        self.config = options
+        self.config, self.eps, self.kernels = options, config.eps, config.kernels
         heads, hidden = dim // head_dim, int(options.inter_multi * head_dim)
         self.num_fw_heads = heads
         init = W_INITS[options.w_init]
@@ -190,10 +194,12 @@ class LaCT(QKVO):
 
     def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
-        q, k, v = self.project(x_BCSD)
+        window, reads = window_parts(layout), (layout.first, layout.clean, layout.later)
+        q, q_fast = self._window_and_fast("q", x_BCSD, rotation_CSP2, window, reads)
+        k, (k_fast,) = self._window_and_fast("k", x_BCSD, rotation_CSP2, window, (layout.clean,))
+        v = self.heads(checkpoint_name(self.v(x_BCSD), "qkv"))
         with jax.named_scope("fast_weights"):
-            o_fast, fast_stats = self._fast_sequence(x_BCSD, q, k, v, rotation_CSP2, layout)
-        q, k = apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2)
+            o_fast, fast_stats = self._fast_sequence(x_BCSD, q_fast, k_fast, v, layout)
         with jax.named_scope("window_attention"):
             o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
         y_BCSD = self._merge(x_BCSD, o_fast, o_window)
@@ -204,25 +210,70 @@ class LaCT(QKVO):
         }
         return y_BCSD, stats
 
-    def _fast_sequence(self, x, q, k, v, rotation_CSP2, layout):
-        """Fast output of every chunk (B, C, M, S, E), and the statistics of REFERENCE.md 4."""
-        batch, clean, repeat = x.shape[0], layout.clean, layout.num_repeat
-        initial = self._initial_weights(batch)
-        q_fast = self._fast_qk(q, rotation_CSP2, 0)
-        lr = self._learning_rates(x)
+    def _window_and_fast(self, name: str, x_BCSD, rotation_CSP2, window, fast):
+        """q or k, projected, normed and rotated, for its two readers.
+
+        Args:
+          name: 'q' or 'k'.
+          x_BCSD: the layer's input.
+          rotation_CSP2: see mixer.py.
+          window, fast: slices of the chunks.
+
+        Returns:
+          For each slice of `window` heads (B, C', S, N, K), and for each slice of `fast` fast heads
+          (B, C', M, S, E).
+        """
+        column = "qk".index(name)
+        project, norm = getattr(self, name), getattr(self, f"norm_{name}")
+        if self._kernel_takes(x_BCSD, (*window, *fast)):
+            z_BCSD = checkpoint_name(without_bias(project, x_BCSD), "qkv")
+            vectors = norm.scale[...], self.qk_scale[...][:, column], self.qk_offset[...][:, column]
+            ranges = (tuple((part.start, part.stop) for part in parts) for parts in (window, fast))
+            options = QKOptions(self.num_fw_heads, self.eps, L2_EPS, *ranges)
+            return window_and_fast(z_BCSD, project.bias[...], rotation_CSP2, *vectors, options)
+        y_BCSNK = self.heads(norm(checkpoint_name(project(x_BCSD), "qkv")))
+        return (
+            tuple(apply_rope(y_BCSNK[:, part], rotation_CSP2[part]) for part in window),
+            tuple(self._fast_qk(y_BCSNK[:, part], rotation_CSP2[part], column) for part in fast),
+        )
+
+    def _kernel_takes(self, x_BCSD: jax.Array, ranges: tuple[slice, ...]) -> bool:
+        """Whether ops/qk_kernels computes these chunks with these options, on this device."""
+        return (
+            self.config.qk_l2_norm
+            and not self.config.qkv_silu
+            and all(part.start < part.stop for part in ranges)
+            and fits(self.num_heads, self.head_dim, self.num_fw_heads)
+            and kernels.wanted(self.kernels, x_BCSD.dtype)
+        )
+
+    def _fast_sequence(self, x_BCSD, q_fast, k_BCMSE, v_BCSNK, layout):
+        """Fast output of every chunk (B, C, M, S, E), and the statistics of REFERENCE.md 4.
+
+        Args:
+          x_BCSD: the layer's input.
+          q_fast: fast q of the layout's `first`, `clean` and `later` chunks, (B, C, M, S, E).
+          k_BCMSE: fast k of the `clean` ones.
+          v_BCSNK: v of all chunks.
+          layout: the sequence's.
+        """
+        clean, repeat = layout.clean, layout.num_repeat
+        initial = self._initial_weights(x_BCSD.shape[0])
+        lr = self._learning_rates(x_BCSD)
         by_chunk = _leading_chunk_axis
-        momentum = self._momentum(x[:, clean])
+        momentum = self._momentum(x_BCSD[:, clean])
         chunks = fw.Chunk(
-            by_chunk(self._fast_qk(k[:, clean], rotation_CSP2[clean], 1)),
-            by_chunk(self._fast_v(v[:, clean])),
+            by_chunk(k_BCMSE),
+            by_chunk(self._fast_v(v_BCSNK[:, clean])),
             by_chunk(lr[:, clean]),
             None if momentum is None else by_chunk(momentum),
         )
-        q_first = rearrange(q_fast[:, layout.first], "b r m s e -> b m (r s) e")
-        q_later = rearrange(q_fast[:, layout.later], "b (w r) m s e -> w b m (r s) e", r=repeat)
+        q_first, q_clean, q_later = q_fast
+        q_first = rearrange(q_first, "b r m s e -> b m (r s) e")
+        q_later = rearrange(q_later, "b (w r) m s e -> w b m (r s) e", r=repeat)
         o_first = fw.read(initial, q_first)
         state, (o_clean, o_later) = fw.scan_chunks(
-            initial, chunks, (by_chunk(q_fast[:, clean]), q_later), self.config.rule
+            initial, chunks, (by_chunk(q_clean), q_later), self.config.rule
         )
         o_fast = jnp.concatenate(
             [

@@ -30,6 +30,11 @@ def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, kernel_init=None) ->
     )
 
 
+def without_bias(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """x times the layer's kernel, in x's dtype."""
+    return jnp.matmul(x, layer.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
+
+
 def project_float32(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     """layer(x), multiplied in x's dtype but accumulated, biased and returned in float32.
 

@@ -45,11 +45,14 @@ class QKVO(nnx.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
+    def heads(self, x_SD: jax.Array) -> jax.Array:
+        """(..., S, D) to heads (..., S, N, K)."""
+        return rearrange(x_SD, "... (n k) -> ... n k", n=self.num_heads)
+
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v of (..., S, D) as heads (..., S, N, K), before RoPE."""
         q, k, v = checkpoint_name((self.q(x), self.k(x), self.v(x)), "qkv")
-        qkv = self.norm_q(q), self.norm_k(k), v
-        return tuple(rearrange(y, "... (n k) -> ... n k", n=self.num_heads) for y in qkv)
+        return self.heads(self.norm_q(q)), self.heads(self.norm_k(k)), self.heads(v)
 
     def rotated(
         self, x: jax.Array, rotation_CSP2: jax.Array
@@ -90,34 +93,41 @@ def last_tokens(x_TNK: jax.Array, size: int | None) -> jax.Array:
     return x_TNK[..., max(x_TNK.shape[-3] - size, 0) :, :, :]
 
 
+def window_parts(layout: SequenceLayout) -> tuple[slice, ...]:
+    """The chunks that attend alike: first those that see themselves alone."""
+    alone = slice(0, layout.later.start)
+    return (alone, layout.later) if layout.num_clean else (alone,)
+
+
 def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.Array:
     """Attention inside a chunk and, for noise copies, to the clean chunk before (REFERENCE.md 4.7).
 
     Args:
-      q, k, v: (B, C, S, N, K) in the layout's order, q and k after RoPE.
+      q, k, v: (B, C, S, N, K) in the layout's order, q and k after RoPE; or each as a tuple of
+        arrays, one for each of `window_parts`, which spares the copies that slicing takes.
       layout: the teacher-forcing sequence's.
       size: tokens of the clean chunk before that a noise copy sees; None for all.
 
     Returns:
       (B, C, S, N, K), in two calls that need no mask.
     """
-    alone, later, clean = slice(0, layout.later.start), layout.later, layout.clean
+    parts = window_parts(layout)
+    qkv = (x if isinstance(x, tuple) else tuple(x[:, part] for part in parts) for x in (q, k, v))
 
     def attention(q, k, v):
-        o_alone = attend_chunks(q[:, alone], k[:, alone], v[:, alone])
+        o_alone = attend_chunks(q[0], k[0], v[0])
         if layout.num_clean == 0:
-            return o_alone, None
+            return (o_alone,), None
         before = (
-            jnp.repeat(last_tokens(y[:, clean], size), layout.num_repeat, axis=1) for y in (k, v)
+            jnp.repeat(last_tokens(x[0][:, layout.clean], size), layout.num_repeat, axis=1)
+            for x in (k, v)
         )
         k_later, v_later = (
-            jnp.concatenate([past, y[:, later]], axis=2)
-            for past, y in zip(before, (k, v), strict=True)
+            jnp.concatenate([past, x[1]], axis=2) for past, x in zip(before, (k, v), strict=True)
         )
-        o_later = attend_chunks(q[:, later], k_later, v_later)
-        return jnp.concatenate([o_alone, o_later], axis=1), None
+        return (o_alone, attend_chunks(q[1], k_later, v_later)), None
 
-    return attend_to_whole_chunks(attention, q, k, v)[0]
+    return jnp.concatenate(attend_to_whole_chunks(attention, *qkv)[0], axis=1)
 
 
 class KeyValues(NamedTuple):

@@ -136,19 +136,24 @@ def attend_to_whole_chunks(attention: Callable, q: jax.Array, k: jax.Array, v: j
     Args:
       attention: (q, k, v) -> (o shaped like q, anything); it may see fewer heads, or fewer queries
         than keys.
-      q, k, v: (..., S, N, K), this device's tokens.
+      q, k, v: (..., S, N, K), this device's tokens; or tuples of such arrays, with equal heads.
 
     Returns:
       What `attention` does; o holds this device's tokens again.
     """
     if seq_size() == 1:
         return attention(q, k, v)
-    token, head = q.ndim + TOKEN_AXIS, q.ndim + HEAD_AXIS
-    if head_axis(q.shape[head]) is None:
-        return attention(q, all_tokens(k, token), all_tokens(v, token))
-    exchange = partial(jax.lax.all_to_all, axis_name=SEQ, tiled=True)
-    o, kept = attention(*(exchange(x, split_axis=head, concat_axis=token) for x in (q, k, v)))
-    return exchange(o, split_axis=token, concat_axis=head), kept
+    if head_axis(jax.tree.leaves(q)[0].shape[HEAD_AXIS]) is None:
+        return attention(q, *jax.tree.map(partial(all_tokens, axis=TOKEN_AXIS), (k, v)))
+
+    def exchange(tree, split: int, concat: int):
+        def of_array(x):
+            return jax.lax.all_to_all(x, SEQ, x.ndim + split, x.ndim + concat, tiled=True)
+
+        return jax.tree.map(of_array, tree)
+
+    o, kept = attention(*exchange((q, k, v), HEAD_AXIS, TOKEN_AXIS))
+    return exchange(o, TOKEN_AXIS, HEAD_AXIS), kept
 
 
 # Parameters.

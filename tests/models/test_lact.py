@@ -1,5 +1,7 @@
 """The LaCT layer, option by option, against a float64 twin; what it is before training."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,11 @@ from mixer_fixtures import make_mixer, random_stream, run_twin
 from model_fixtures import HEAD_DIM, LACT_OPTIONS, TOKENS, identity_fast_weights, lact, tiny
 from numpy_twins import LaCTTwin, relative_error
 
+from lact_jax.models import lact as lact_module
 from lact_jax.models.dit import abstract_params
 from lact_jax.models.lact import LaCT, LaCTConfig
+from lact_jax.models.remat import REMAT_POLICIES
+from lact_jax.ops.qk_kernels import window_and_fast
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -133,6 +138,55 @@ def test_bfloat16_keeps_the_memory_in_float32_and_the_window_in_bfloat16():
         assert relative_error(mine, exact) < 2e-2
     assert relative_error(y, y_full) < 2e-2
     assert relative_error(o, o_full) < 2e-2
+
+
+def use_kernels(monkeypatch):
+    """Interpreted, whatever the device and type; the list that comes back holds their options."""
+    calls = []
+
+    def interpreted(*args):
+        *arrays, options = args
+        calls.append(options)
+        return window_and_fast(*arrays, replace(options, interpret=True))
+
+    monkeypatch.setattr(lact_module.kernels, "wanted", lambda *_: True)
+    monkeypatch.setattr(lact_module, "window_and_fast", interpreted)
+    return calls
+
+
+def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch):
+    stream = random_stream(2, 2, DIM)
+
+    def outputs():
+        layer = make_layer()  # its functions are compiled anew
+        run = jax.checkpoint(
+            lambda params: layer.sequence(params, *stream), policy=REMAT_POLICIES["selective"]
+        )
+        y, transpose = jax.vjp(run, layer.params)
+        return y, transpose(jax.tree.map(jnp.cos, y))[0]
+
+    want = outputs()
+    calls = use_kernels(monkeypatch)
+    got = outputs()
+    assert calls
+    for mine, plain in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert mine.dtype == plain.dtype
+        if np.linalg.norm(plain) > 1e-4:
+            assert relative_error(mine, plain) < 1e-5
+        else:  # a bias of keys moves all scores of a query alike
+            assert np.linalg.norm(mine) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({}, True), ({"momentum": True}, True), ({"qkv_silu": True}, False),
+     ({"qk_l2_norm": False}, False)],
+)  # fmt: skip
+def test_kernels_leave_other_options_to_the_plain_form(monkeypatch, options, taken):
+    calls = use_kernels(monkeypatch)
+    layer = make_layer(**options)
+    jax.eval_shape(layer.sequence, layer.params, *random_stream(1, 1, DIM))
+    assert bool(calls) is taken
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,130 @@
+"""How the kernels of `qk_kernels` cut their arrays: shapes, and each program's block of them.
+
+Letters: B batch, C chunks, S tokens of a chunk, D width, K head width, M fast-weight heads,
+h attention heads that are held together.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+# Tokens that a program goes through, one at a time. The backward pass writes its sums once a
+# program: with 60 these are 4 % of its bytes, and 13 chunks of 4680 tokens are 1014 programs.
+TOKENS = 60
+MAX_LANES = 8192  # of a token: a thread then has 64 numbers of each array
+
+ChunkRange = tuple[int, int]  # the first chunk and the end
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes, and which block of each array a program has.
+
+    A program has a run of tokens of one chunk: the grid is (runs, C, B). Where an array has a range
+    of the chunks only, a program of another chunk is given some block, which it masks.
+
+    token: a token's numbers as (M, pieces, h, K). h is the largest power of two that divides the
+      attention heads of a fast one. Blocks have to be powers of two: were it all one piece, the 6
+      heads of ar_chunk3f would be padded to 8, and the kernels are busy enough.
+    """
+
+    batch: int
+    chunks: int
+    tokens: int
+    token: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, shape_BCSD: tuple[int, ...], head_dim: int, fast_heads: int) -> "Sizes":
+        """Sizes of q or k (B, C, S, D) in heads of `head_dim`."""
+        *sizes, width = shape_BCSD
+        heads = width // (fast_heads * head_dim)
+        together = heads & -heads
+        return cls(*sizes, (fast_heads, heads // together, together, head_dim))
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return math.prod(self.token)
+
+    @property
+    def pieces(self) -> int:
+        """In how many arrays (M, h, K) the kernels hold a token."""
+        return self.token[1]
+
+    @property
+    def piece(self) -> tuple[int, int, int]:
+        """(M, h, K)."""
+        fast_heads, _, together, head_dim = self.token
+        return fast_heads, together, head_dim
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """(M, h, K) padded to powers of two."""
+        return tuple(map(pl.next_power_of_2, self.piece))
+
+    @property
+    def run(self) -> int:
+        """Tokens of a program."""
+        return min(TOKENS, self.tokens)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return pl.cdiv(self.tokens, self.run), self.chunks, self.batch
+
+    # Shapes.
+
+    def window_shape(self, chunks: ChunkRange) -> tuple[int, ...]:
+        """Of an array with the layout of attention."""
+        return self.batch, chunks[1] - chunks[0], self.tokens, *self.token
+
+    def fast_shape(self, chunks: ChunkRange) -> tuple[int, ...]:
+        """Of an array with the layout of the fast weights."""
+        fast_heads, *head = self.token
+        return self.batch, chunks[1] - chunks[0], fast_heads, self.tokens, *head
+
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        """Of each program's sums over its tokens."""
+        return self.batch, self.chunks, self.grid[0], *self.token
+
+    # Blocks.
+
+    def window_block(self, chunks: ChunkRange) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, self.run, *self._token_block),
+            lambda run, chunk, clip: (clip, _place(chunk, chunks), run, 0, 0, 0, 0),
+        )
+
+    def fast_block(self, chunks: ChunkRange) -> pl.BlockSpec:
+        fast_heads, *head = self._token_block
+        return pl.BlockSpec(
+            (None, None, fast_heads, self.run, *head),
+            lambda run, chunk, clip: (clip, _place(chunk, chunks), 0, run, 0, 0, 0),
+        )
+
+    def rotation_block(self) -> pl.BlockSpec:
+        block = (None, self.run, self.tile[2] // 2, 2)
+        return pl.BlockSpec(block, lambda run, chunk, clip: (chunk, run, 0, 0))
+
+    def vector_block(self) -> pl.BlockSpec:
+        return pl.BlockSpec(self._token_block, lambda run, chunk, clip: (0, 0, 0, 0))
+
+    def sums_block(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, None, *self._token_block),
+            lambda run, chunk, clip: (clip, chunk, run, 0, 0, 0, 0),
+        )
+
+    @property
+    def _token_block(self) -> tuple[int, int, int, int]:
+        fast_heads, *head = self.tile
+        return fast_heads, self.pieces, *head
+
+
+def _place(chunk: jax.Array, chunks: ChunkRange) -> jax.Array:
+    """A chunk's place in an array of the range `chunks`, or some place where it has none."""
+    first, end = chunks
+    return jnp.minimum(jnp.maximum(chunk - first, 0), end - first - 1)
