@@ -249,12 +249,11 @@ class _Reader:
         z = [_load(ref, (t, slice(None), i), mask) for i in self.pieces]
         x = list(map(jnp.add, z, self.vector("bias")))
         rrms = jax.lax.rsqrt(_for_all(_products(x, x)) / self.sizes.width + self.eps)
-        normed = [x * rrms for x in x]
+        normed = [piece * rrms for piece in x]
         scaled = map(jnp.multiply, normed, self.vector("norm_scale"))
-        n = [x.astype(ref.dtype).astype(jnp.float32) for x in scaled]
-        vectors = self.vector("fast_scale"), self.vector("fast_offset")
-        y = [n * scale + offset for n, scale, offset in zip(n, *vectors, strict=True)]
-        return rrms, normed, n, y
+        n = [piece.astype(ref.dtype).astype(jnp.float32) for piece in scaled]
+        y = map(jnp.multiply, n, self.vector("fast_scale"))
+        return rrms, normed, n, list(map(jnp.add, y, self.vector("fast_offset")))
 
 
 def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
@@ -301,7 +300,7 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
         norm = jnp.sqrt(_for_each(_products(y, y)))
         factor = 1 / (norm + options.l2_eps)
         along = _for_each(_products(dfast, y)) * factor * factor / jnp.where(norm > 0, norm, 1.0)
-        dy = [dfast * factor - y * along for dfast, y in zip(dfast, y, strict=True)]
+        dy = [dfast[i] * factor - y[i] * along for i in reader.pieces]
         dn = list(map(jnp.add, dwindow, map(jnp.multiply, dy, reader.vector("fast_scale"))))
         dnormed = list(map(jnp.multiply, dn, reader.vector("norm_scale")))
         along = _for_all(_products(dnormed, normed)) / sizes.width

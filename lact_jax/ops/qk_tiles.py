@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 # Tokens that a program goes through, one at a time. The backward pass writes its sums once a
-# program: with 60 these are 4 % of its bytes, and 13 chunks of 4680 tokens are 1014 programs.
+# program: with 60 these are 3 % of its bytes, and 13 chunks of 4680 tokens are 1014 programs.
 TOKENS = 60
 MAX_LANES = 8192  # of a token: a thread then has 64 numbers of each array
 
