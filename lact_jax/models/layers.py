@@ -139,9 +139,10 @@ def position_embedding(frames: int, height: int, width: int, dim: int) -> jax.Ar
     frequency = np.pi * POSITION_THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
     parts = []
     for shape in ((height, 1), (1, width)):
-        position = jnp.arange(max(shape), dtype=jnp.float32).reshape(*shape, 1)
-        angle = position * jnp.asarray(frequency, jnp.float32)
-        part = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        # By NumPy: XLA would compute the sines again for every clip and chunk they are added to.
+        angle = np.arange(max(shape)).reshape(*shape, 1) * frequency
+        part = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+        part = jnp.asarray(part, jnp.float32)
         parts.append(jnp.broadcast_to(part, (frames, height, width, dim // 2)))
     return jnp.concatenate(parts, axis=-1).reshape(frames * height * width, dim)
 
