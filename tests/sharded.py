@@ -67,8 +67,11 @@ LAYERS = {
         {"qk_l2_norm": False, "w_init": "identity", "inter_multi": 3}, num_layers=1, remat="full"
     ),
     "gla": tiny({"kv_cache_size": 5}, num_layers=1, mixer="gla", remat="dots"),
-    "window": tiny({"kv_cache_size": 20}, num_layers=1, mixer="window", remat="attention"),
-}
+    "window": tiny(
+        {"kv_cache_size": 20}, num_layers=1, mixer="window", remat="attention",
+        position_embedding=True,
+    ),
+}  # fmt: skip
 LAYER_MESHES = [(2, 1, 4), (1, 2, 4)]
 # A chunk of 12 tokens and two heads: over four devices heads don't divide.
 ROLLOUT = tiny_config(

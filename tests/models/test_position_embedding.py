@@ -1,27 +1,20 @@
 """The option that tells a token its row and column: what it adds, and that it is there everywhere.
 
-That sampling adds what training does is in test_dit.py, with the other ways to build a model; all
-its methods embed by the same lines.
+That sampling adds what training does is in test_dit.py, with the other ways to build a model, and
+that devices which share tokens add each its own in test_sharded_layers.py.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sharded
 from einops import rearrange
 from model_fixtures import compiled, random_inputs, random_params, tiny
 from numpy_twins import relative_error
-from run_fixtures import script_env
 
 from lact_jax.models.layers import position_embedding
 
-SCRIPT = Path(__file__).with_name("sharded_positions.py")
 WITH = tiny(mixer="window", position_embedding=True)
 WITHOUT = replace(WITH, position_embedding=False)
 
@@ -61,17 +54,3 @@ def told_apart(config, axis):
 def test_parts_of_a_picture_that_look_alike_are_told_apart(axis):
     assert told_apart(WITHOUT, axis) < 1e-5
     assert told_apart(WITH, axis) > 1e-2
-
-
-def test_devices_that_share_tokens_add_each_its_own():
-    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    path = os.pathsep.join([script_env()["PYTHONPATH"], str(Path(sharded.__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, SCRIPT],
-        env=script_env(XLA_FLAGS=flags, JAX_PLATFORMS="cpu", NPROC="128", PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-5

@@ -78,14 +78,15 @@ def test_encoding_in_tiles_is_close_to_the_whole(local):
     assert 0 < relative_error(step(None, video)[1], whole) < 5e-3
 
 
-def test_one_tile_is_exactly_the_whole():
+def test_one_tile_is_the_whole():
+    # To the last bits: a card chooses its convolutions for each program anew.
     encode, decode = bind(shifted_params(), TINY)
     latent = random_array(70, 1, 2, 3, 4, 16)
     step = jax.jit(tiled(decode, Tiling(tile=(4, 4), overlap=2), 1, 8))
-    np.testing.assert_array_equal(step(None, latent)[1], decode(None, latent)[1])
+    assert relative_error(step(None, latent)[1], decode(None, latent)[1]) < 2e-6
     video = random_array(71, 1, 5, 24, 32, 3)
     step = jax.jit(tiled(encode, Tiling(tile=(4, 4), overlap=2), 8, 1))
-    np.testing.assert_array_equal(step(None, video)[1], encode(None, video)[1])
+    assert relative_error(step(None, video)[1], encode(None, video)[1]) < 2e-6
 
 
 def test_tiles_carry_their_own_past():
