@@ -13,7 +13,9 @@ def get_config():
         # Trained this long it learns places from RoPE, as Wan does.
         position_embedding=False,
     )  # fmt: skip
-    config.model.lact.update(fw_head_dim=64, muon=True, learnable_ttt_scale=True)
+    config.model.lact.update(
+        fw_head_dim=64, muon=True, momentum=False, learnable_ttt_scale=True
+    )
     config.data.update(path="runs/data/synthetic_1536", batch_size=32, num_threads=8)
     config.data.options = ConfigDict({"num_shapes": 1152, "num_rings": 384, "seed": 0})
     config.train.update(
