@@ -20,9 +20,9 @@ def get_config():
         # is drawn in every part of the picture at once.
         position_embedding=True,
     )  # fmt: skip
-    # From docs/memory: an open gate (from scratch nothing needs it to start at zero), a learning rate
-    # of their own for the fast weights' parameters, and momentum. Wider heads and Muon help too, but
-    # not within the demo's ten minutes.
+    # From docs/memory: an open gate (from scratch nothing needs it to start at zero), a learning
+    # rate of their own for the fast weights' parameters, and momentum. Wider heads and Muon help
+    # too, but not within the demo's ten minutes.
     config.model.lact.update(
         fw_head_dim=32, inter_multi=2.0, momentum=True, learnable_ttt_scale=False, ttt_scale=1.0
     )
