@@ -32,11 +32,13 @@ def test_what_devices_exchange_in_the_scan_over_layers(mesh, tables):
     seq, exchanged = mesh[2], 4 % mesh[2] == 0  # of four heads
     found = Counter(c["kind"] for c in tables[str(mesh)]["collectives"] if c["in_scan"])
     # Forward: eight projections, two of the MLP and three fast weights. Backward: again but for the
-    # fast weights, whose states are kept. Keys and values where heads don't divide.
-    assert found.pop("all-gather") == 13 + 10 + (0 if exchanged else 2)
-    assert found.pop("reduce-scatter") == 13 + (0 if exchanged else 2)
+    # fast weights, whose states are kept. Keys and values where heads don't divide, of the chunks
+    # that attend alone and of those that see the one before.
+    parts = 2
+    assert found.pop("all-gather") == 13 + 10 + (0 if exchanged else 2 * parts)
+    assert found.pop("reduce-scatter") == 13 + (0 if exchanged else 2 * parts)
     # q, k, v there and o back, forward and backward.
-    assert found.pop("all-to-all", 0) == (8 if exchanged and seq > 1 else 0)
+    assert found.pop("all-to-all", 0) == (8 * parts if exchanged and seq > 1 else 0)
     # Both fast-weight gradients in one sum a chunk, forward and backward.
     assert found.pop("all-reduce", 0) == (2 if seq > 1 else 0)
     assert not found
