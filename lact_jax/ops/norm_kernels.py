@@ -316,6 +316,7 @@ def _forward_kernel(refs, out, *, rows, shape, lanes, eps):
     gate, scale, shift = _load_vectors(row, refs, "gate", "scale", "shift")
 
     def body(r, carry):
+        """Row r, from its loads to its stores; nothing is carried."""
         x = row.load(refs["x"], r)
         if "y" in refs:
             y = row.load(refs["y"], r)
@@ -344,6 +345,7 @@ def _backward_kernel(refs, out, *, rows, shape, lanes):
     gate, scale = _load_vectors(row, refs, "gate", "scale")
 
     def body(r, sums):
+        """Row r, from its loads to its stores; its terms are added to the sums."""
         # All loads come before the first reduction, which waits for the whole row: what comes after
         # it would wait for memory a second time.
         mean, rstd = (triton.load(refs[name].at[r]) for name in ("mean", "rstd"))

@@ -261,6 +261,7 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     for_window, for_fast = _within(options.window), _within(options.fast)
 
     def token(t, carry):
+        """Token t of this program, from its loads to its stores; nothing is carried."""
         rotation, (_, _, n, y) = reader.rotation(t), reader.normed(t)
         norm = jnp.sqrt(_for_each(_products(y, y)))
         mask, factor = reader.mask(t), 1 / (norm + options.l2_eps)
@@ -287,6 +288,7 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
         return _rotate(reduce(jnp.add, parts), cos, -sin)
 
     def token(t, sums):
+        """Token t of this program: stores its dz, adds its terms to the sums."""
         rotation, (rrms, normed, n, y) = reader.rotation(t), reader.normed(t)
         mask, every = reader.mask(t), slice(None)
         dwindow, dfast = (
