@@ -158,6 +158,10 @@ class _Run:
     def loop(self, interrupt) -> None:
         """Steps until done or interrupted; saves on the way and at the end."""
         steps = self.config.train.steps
+        if self.step and distributed.is_main():
+            done = "is the last: a larger train.steps goes on"
+            rest = f"of {steps}" if self.step < steps else done
+            print(f"found a checkpoint: step {self.step} {rest}", flush=True)
         self._look(interrupt)  # at what a kill or Ctrl-C left to do
         for batch in self._until(steps, interrupt):
             latent, text = self.encode(batch)

@@ -159,12 +159,15 @@ def test_ctrl_c_inside_a_clip_leaves_no_folder(tmp_path, monkeypatch):
     assert list(clips) == list(PROMPTS) and read_video(clips[PROMPTS[0]]).mean() > 190
 
 
-def test_a_finished_run_is_not_watched_again(tmp_path, watched_folder, watched_run, monkeypatch):
+def test_a_finished_run_says_so_and_is_not_watched_again(
+    tmp_path, watched_folder, watched_run, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
     shutil.copytree(watched_run, workdir)
     monkeypatch.setattr(Validator, "__call__", None)  # calling it is an error
     monkeypatch.setattr(LoopSampler, "__call__", None)
     assert quick_train(watched_config(watched_folder), workdir) == 0
+    assert "is the last: a larger train.steps goes on" in capsys.readouterr().out
     assert_same_watch(workdir, watched_run)
 
 
