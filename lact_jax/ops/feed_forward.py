@@ -8,6 +8,7 @@ number once. `models.layers.MLP` is the plain form, and the tests hold both to e
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,10 @@ def _forward_kernel(z_ref, bias_ref, out_ref, *, rows):
     triton.store(out_ref.at[...], (h * sigmoid).astype(out_ref.dtype), mask=exists)
 
 
-def _backward_kernel(z_ref, bias_ref, grad_ref, dz_ref, dbias_ref, *, rows):
+def _backward_kernel(z_ref, bias_ref, grad_ref, dz_ref, dbias_ref, *out_refs, rows):
     h, sigmoid, exists = _hidden(z_ref, bias_ref, rows)
+    for out_ref in out_refs:
+        triton.store(out_ref.at[...], (h * sigmoid).astype(out_ref.dtype), mask=exists)
     grad = triton.load(grad_ref.at[...], mask=exists, other=0.0).astype(jnp.float32)
     slope = _SLOPE * (1 + 3 * _CUBIC * h * h)
     dz = grad * (sigmoid + h * sigmoid * (1 - sigmoid) * slope)
@@ -86,31 +89,41 @@ def biased_gelu(z_TH: jax.Array, bias_H: jax.Array, *, interpret: bool = False) 
 
 
 def biased_gelu_grad(
-    z_TH: jax.Array, bias_H: jax.Array, grad_TH: jax.Array, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `biased_gelu` by z (T, H) in z's dtype and by the bias (H,) float32."""
+    z_TH: jax.Array,
+    bias_H: jax.Array,
+    grad_TH: jax.Array,
+    *,
+    with_value: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Gradients of `biased_gelu` by z (T, H) in z's dtype and by the bias (H,) float32.
+
+    Args:
+      z_TH, bias_H, interpret: as there.
+      grad_TH: the cotangent of its result.
+      with_value: give the result as well, as a third array, in the same pass over z.
+    """
     grid, table, vector, sums = _blocks(*z_TH.shape)
-    dz_TH, parts = pl.pallas_call(
+    wide = jax.ShapeDtypeStruct(z_TH.shape, z_TH.dtype)
+    parts = jax.ShapeDtypeStruct((grid[0], z_TH.shape[1]), jnp.float32)
+    dz_TH, dbias, *value = pl.pallas_call(
         partial(_backward_kernel, rows=z_TH.shape[0]),
         grid=grid,
         in_specs=[table, vector, table],
-        out_specs=[table, sums],
-        out_shape=[
-            jax.ShapeDtypeStruct(z_TH.shape, z_TH.dtype),
-            jax.ShapeDtypeStruct((grid[0], z_TH.shape[1]), jnp.float32),
-        ],
+        out_specs=[table, sums] + [table] * with_value,
+        out_shape=[wide, parts] + [wide] * with_value,
         name="biased_gelu_grad",
         **_options(interpret),
     )(z_TH, bias_H, grad_TH)
-    return dz_TH, parts.sum(0)
+    return dz_TH, dbias.sum(0), *value
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def feed_forward(x_TD, w1_DH, bias_H, w2_HD, interpret=False):
     """gelu(x w1 + bias) w2, the second bias left out: (T, D).
 
-    The gradient by x needs no activation: where the weights are frozen, the pass that computes
-    activations again is dead code and goes. So it is a kernel of its own.
+    The backward pass computes the activations again only where w2 has a gradient to be computed
+    from them, which it has not where it is frozen.
 
     Args:
       x_TD, w1_DH, w2_HD: of one dtype, in which the matmuls run.
@@ -120,17 +133,24 @@ def feed_forward(x_TD, w1_DH, bias_H, w2_HD, interpret=False):
     return biased_gelu(x_TD @ w1_DH, bias_H, interpret=interpret) @ w2_HD
 
 
-def _feed_forward_fwd(x_TD, w1_DH, bias_H, w2_HD, interpret):
+class _IsTrained(NamedTuple):
+    """Says by its presence among the residuals that w2 is differentiated."""
+
+
+def _feed_forward_fwd(x, w1, bias, w2, interpret):
+    x_TD, w1_DH, bias_H, w2_HD = (primal.value for primal in (x, w1, bias, w2))
     z_TH = x_TD @ w1_DH
     y_TD = biased_gelu(z_TH, bias_H, interpret=interpret) @ w2_HD
-    return y_TD, (x_TD, z_TH, w1_DH, bias_H, w2_HD)
+    return y_TD, (x_TD, z_TH, w1_DH, bias_H, w2_HD, _IsTrained() if w2.perturbed else None)
 
 
 def _feed_forward_bwd(interpret, residuals, dy_TD):
-    x_TD, z_TH, w1_DH, bias_H, w2_HD = residuals
-    dz_TH, dbias_H = biased_gelu_grad(z_TH, bias_H, dy_TD @ w2_HD.T, interpret=interpret)
-    a_TH = biased_gelu(z_TH, bias_H, interpret=interpret)
-    return dz_TH @ w1_DH.T, x_TD.T @ dz_TH, dbias_H, a_TH.T @ dy_TD
+    x_TD, z_TH, w1_DH, bias_H, w2_HD, trained = residuals
+    dz_TH, dbias_H, *a_TH = biased_gelu_grad(
+        z_TH, bias_H, dy_TD @ w2_HD.T, with_value=trained is not None, interpret=interpret
+    )
+    dw2_HD = a_TH[0].T @ dy_TD if a_TH else None
+    return dz_TH @ w1_DH.T, x_TD.T @ dz_TH, dbias_H, dw2_HD
 
 
-feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
+feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd, symbolic_zeros=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lact_jax.flops import jaxprs_in_params
 from lact_jax.models.layers import MLP, gelu_tanh
 from lact_jax.ops.feed_forward import feed_forward
 
@@ -40,6 +41,35 @@ def test_values_and_gradients_of_the_kernels_are_those_of_the_plain_layer(tokens
         for got, wanted in zip(gradient(dy), want_gradient(dy), strict=True):
             assert got.shape == wanted.shape and got.dtype == wanted.dtype
             assert relative(got, wanted) < 2e-6
+
+
+def test_frozen_weights_leave_the_other_gradients_as_they_are():
+    mlp, (x, *weights), dy = case(45)
+    _, gradient = jax.vjp(lambda x: feed_forward(x, *weights, True), x)
+    _, of_all = jax.vjp(lambda *args: feed_forward(*args, True), x, *weights)
+    np.testing.assert_array_equal(gradient(dy)[0], of_all(dy)[0])
+
+
+def results_of_kernels(jaxpr):
+    """How many results of the hidden width each kernel of a jaxpr has, in order."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield sum(out.aval.shape == (45, HIDDEN) for out in equation.outvars)
+            continue
+        for inner in jaxprs_in_params(equation.params):
+            yield from results_of_kernels(inner)
+
+
+@pytest.mark.parametrize("trained,results", [(1, 1), (4, 2)])  # x alone, the weights too
+def test_backward_computes_activations_again_for_trained_weights_only(trained, results):
+    _, args, dy = case(45)
+
+    def loss(*some):
+        return jnp.vdot(feed_forward(*some, *args[trained:], True), dy)
+
+    gradient = jax.grad(jax.checkpoint(loss), tuple(range(trained)))
+    *before, last = results_of_kernels(jax.make_jaxpr(gradient)(*args[:trained]).jaxpr)
+    assert set(before) == {1} and last == results
 
 
 def test_in_bfloat16_the_kernels_stay_near_float32():
