@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 # Tokens that a program goes through, one at a time. The backward pass writes its sums once a
-# program: with 60 these are 3 % of its bytes, and 13 chunks of 4680 tokens are 1014 programs.
-TOKENS = 60
+# program: with 20 these are 8 % of its bytes. With 60 they are 3 %, but 13 chunks of 4680 tokens
+# are then 1014 programs, too few to keep an H200 busy to the end: a sixth slower, forward a third.
+TOKENS = 20
 MAX_LANES = 8192  # of a token: a thread then has 64 numbers of each array
 
 ChunkRange = tuple[int, int]  # the first chunk and the end
