@@ -57,6 +57,8 @@ def block_of(config: DiTConfig, layout: SequenceLayout, remat: str):
 
     def run(params, x_BCSD, e0_BC6D, rotation_CSP2, text_BLD):
         block = nnx.merge(graph, params)
+        # Positions are not learned, and the q and k kernels give them no gradient.
+        rotation_CSP2 = jax.lax.stop_gradient(rotation_CSP2)
         text_kv = block.cross_attn.text_kv(text_BLD.astype(config.dtype))
         return block(
             x_BCSD, e0_BC6D, text_kv, lambda mixer, y: mixer.sequence(y, rotation_CSP2, layout)
