@@ -23,11 +23,12 @@ from lact_jax.models.mixer import (
     attend_and_keep,
     attend_with_past,
     mean_norm,
-    window_attention,
+    window_attention_parts,
     window_parts,
 )
 from lact_jax.ops import fast_weights as fw
-from lact_jax.ops import kernels
+from lact_jax.ops import kernels, merge_kernels
+from lact_jax.ops.merge_kernels import MergeOptions, merge
 from lact_jax.ops.numerics import l2_norm
 from lact_jax.ops.parallel import mean_over_tokens
 from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
@@ -201,14 +202,9 @@ class LaCT(QKVO):
         with jax.named_scope("fast_weights"):
             o_fast, fast_stats = self._fast_sequence(x_BCSD, q_fast, k_fast, v, layout)
         with jax.named_scope("window_attention"):
-            o_window = window_attention(q, k, v, layout, self.config.kv_cache_size)
-        y_BCSD = self._merge(x_BCSD, o_fast, o_window)
-        stats = fast_stats | {
-            "gate_mean": jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD))),
-            "window_x_norm": mean_norm(rearrange(o_window, "... n k -> ... (n k)")),
-            "y_norm": mean_norm(y_BCSD),
-        }
-        return y_BCSD, stats
+            o_window = window_attention_parts(q, k, v, layout, self.config.kv_cache_size)
+        y_BCSD, merge_stats = self._merge_sequence(x_BCSD, o_fast, o_window, layout)
+        return y_BCSD, fast_stats | merge_stats
 
     def _window_and_fast(self, name: str, x_BCSD, rotation_CSP2, window, fast):
         """q or k, projected, normed and rotated, for its two readers.
@@ -225,11 +221,10 @@ class LaCT(QKVO):
         """
         column = "qk".index(name)
         project, norm = getattr(self, name), getattr(self, f"norm_{name}")
-        if self._kernel_takes(x_BCSD, (*window, *fast)):
+        if self._qk_kernel_takes(x_BCSD, (*window, *fast)):
             z_BCSD = checkpoint_name(without_bias(project, x_BCSD), "qkv")
             vectors = norm.scale[...], self.qk_scale[...][:, column], self.qk_offset[...][:, column]
-            ranges = (tuple((part.start, part.stop) for part in parts) for parts in (window, fast))
-            options = QKOptions(self.num_fw_heads, self.eps, L2_EPS, *ranges)
+            options = QKOptions(self.num_fw_heads, self.eps, L2_EPS, _ends(window), _ends(fast))
             return window_and_fast(z_BCSD, project.bias[...], rotation_CSP2, *vectors, options)
         y_BCSNK = self.heads(norm(checkpoint_name(project(x_BCSD), "qkv")))
         return (
@@ -237,7 +232,7 @@ class LaCT(QKVO):
             tuple(self._fast_qk(y_BCSNK[:, part], rotation_CSP2[part], column) for part in fast),
         )
 
-    def _kernel_takes(self, x_BCSD: jax.Array, ranges: tuple[slice, ...]) -> bool:
+    def _qk_kernel_takes(self, x_BCSD: jax.Array, ranges: tuple[slice, ...]) -> bool:
         """Whether ops/qk_kernels computes these chunks with these options, on this device."""
         return (
             self.config.qk_l2_norm
@@ -247,8 +242,45 @@ class LaCT(QKVO):
             and kernels.wanted(self.kernels, x_BCSD.dtype)
         )
 
+    def _merge_sequence(self, x_BCSD, o_fast, o_window, layout):
+        """`_merge` of a sequence's outputs, and their statistics.
+
+        Args:
+          x_BCSD: the layer's input.
+          o_fast: as `_fast_sequence` gives it.
+          o_window: of each of `window_parts`, (B, C', S, N, K).
+          layout: the sequence's.
+        """
+        fast, window = (layout.first, layout.clean, layout.later), window_parts(layout)
+        if self._merge_kernel_takes(x_BCSD, layout):
+            gate_BCS1 = jnp.broadcast_to(self._gate(x_BCSD), (*x_BCSD.shape[:3], 1))
+            o_window = tuple(rearrange(x, "b c s n k -> b c s (n k)") for x in o_window)
+            options = MergeOptions(self.eps, _ends(fast), _ends(window))
+            y_BCSD, *norms = merge(
+                o_fast, o_window, gate_BCS1, self.output_norm.scale[...], options
+            )
+            y_BCSD, norms = self.o(y_BCSD), [jnp.mean(norm_BCS) for norm_BCS in norms]
+        else:
+            split = "w b m (r s) e -> b (w r) m s e"
+            o_fast = [rearrange(x, split, s=x_BCSD.shape[2]) for x in o_fast]
+            o_fast, o_window = (jnp.concatenate(x, axis=1) for x in (o_fast, o_window))
+            y_BCSD = self._merge(x_BCSD, o_fast, o_window)
+            norms = mean_norm(o_fast), mean_norm(rearrange(o_window, "... n k -> ... (n k)"))
+        gate_mean = jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD)))
+        stats = dict(zip(("tttx_norm", "window_x_norm"), norms, strict=True))
+        return y_BCSD, stats | {"gate_mean": gate_mean, "y_norm": mean_norm(y_BCSD)}
+
+    def _merge_kernel_takes(self, x_BCSD: jax.Array, layout: SequenceLayout) -> bool:
+        """Whether ops/merge_kernels computes this with these options, on this device."""
+        return (
+            self.config.o_norm
+            and layout.num_clean > 0
+            and merge_kernels.fits(self.num_fw_heads, x_BCSD.shape[-1] // self.num_fw_heads)
+            and kernels.wanted(self.kernels, x_BCSD.dtype)
+        )
+
     def _fast_sequence(self, x_BCSD, q_fast, k_BCMSE, v_BCSNK, layout):
-        """Fast output of every chunk (B, C, M, S, E), and the statistics of REFERENCE.md 4.
+        """What the fast weights give every chunk, and the statistics of REFERENCE.md 4.
 
         Args:
           x_BCSD: the layer's input.
@@ -256,6 +288,10 @@ class LaCT(QKVO):
           k_BCMSE: fast k of the `clean` ones.
           v_BCSNK: v of all chunks.
           layout: the sequence's.
+
+        Returns:
+          Fast output of the `first`, `clean` and `later` chunks, (W, B, M, R S, E) for W chunks of
+          the video with R copies each, and the statistics.
         """
         clean, repeat = layout.clean, layout.num_repeat
         initial = self._initial_weights(x_BCSD.shape[0])
@@ -275,23 +311,14 @@ class LaCT(QKVO):
         state, (o_clean, o_later) = fw.scan_chunks(
             initial, chunks, (by_chunk(q_clean), q_later), self.config.rule
         )
-        o_fast = jnp.concatenate(
-            [
-                rearrange(o_first, "b m (r s) e -> b r m s e", r=repeat),
-                by_chunk(o_clean),
-                rearrange(o_later, "w b m (r s) e -> b (w r) m s e", r=repeat),
-            ],
-            axis=1,
-        )
         w0, w1, w2 = fw.to_matrices(state.weights)
         stats = {
             "fw_lr_norm": mean_norm(lr),
             "fw_w0_norm": mean_norm(w0),
             "fw_w1_norm": mean_norm(w1),
             "fw_w2_norm": mean_norm(w2),
-            "tttx_norm": mean_norm(o_fast),
         }
-        return o_fast, stats
+        return (o_first[None], o_clean, o_later), stats
 
     # Sampling.
 
@@ -332,3 +359,8 @@ class LaCT(QKVO):
 def _leading_chunk_axis(x: jax.Array) -> jax.Array:
     """Swaps batch and chunk axes: scans run over the leading one."""
     return jnp.swapaxes(x, 0, 1)
+
+
+def _ends(parts: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    """Slices of the chunks as ranges, which are hashable on every Python."""
+    return tuple((part.start, part.stop) for part in parts)

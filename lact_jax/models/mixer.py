@@ -100,6 +100,13 @@ def window_parts(layout: SequenceLayout) -> tuple[slice, ...]:
 
 
 def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.Array:
+    """`window_attention_parts` joined: (B, C, S, N, K)."""
+    return jnp.concatenate(window_attention_parts(q, k, v, layout, size), axis=1)
+
+
+def window_attention_parts(
+    q, k, v, layout: SequenceLayout, size: int | None
+) -> tuple[jax.Array, ...]:
     """Attention inside a chunk and, for noise copies, to the clean chunk before (REFERENCE.md 4.7).
 
     Args:
@@ -109,7 +116,7 @@ def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.A
       size: tokens of the clean chunk before that a noise copy sees; None for all.
 
     Returns:
-      (B, C, S, N, K), in two calls that need no mask.
+      (B, C', S, N, K) for each of `window_parts`, in two calls that need no mask.
     """
     parts = window_parts(layout)
     qkv = (x if isinstance(x, tuple) else tuple(x[:, part] for part in parts) for x in (q, k, v))
@@ -127,7 +134,7 @@ def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.A
         )
         return (o_alone, attend_chunks(q[1], k_later, v_later)), None
 
-    return jnp.concatenate(attend_to_whole_chunks(attention, *qkv)[0], axis=1)
+    return attend_to_whole_chunks(attention, *qkv)[0]
 
 
 class KeyValues(NamedTuple):

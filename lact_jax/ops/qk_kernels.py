@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lact_jax.ops.qk_tiles import MAX_LANES, ChunkRange, Sizes
+from lact_jax.ops.masked import ChunkRange, exists, load, store, within
+from lact_jax.ops.qk_tiles import MAX_LANES, Sizes
 
 WARPS = 4
 _VECTORS = "norm_scale", "fast_scale", "fast_offset"
@@ -157,34 +158,6 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
 # The kernels. They hold a token as a list of pieces (M, h, K).
 
 
-def _exists(padded: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """Which lanes of a padded tile are not padding."""
-    exists = jnp.full(padded, True)
-    for axis, (lanes, size) in enumerate(zip(padded, sizes, strict=True)):
-        if lanes > size:
-            exists &= jax.lax.broadcasted_iota(jnp.int32, padded, axis) < size
-    return exists
-
-
-def _within(ranges: tuple[ChunkRange, ...]) -> list[jax.Array]:
-    """Whether this program's chunk is of each range."""
-    chunk = pl.program_id(1)
-    return [(first <= chunk) & (chunk < end) for first, end in ranges]
-
-
-def _at(ref, index: tuple):
-    # Interpreted, JAX 0.10 takes no plain integers beside a mask.
-    return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
-
-
-def _load(ref, index: tuple, mask) -> jax.Array:
-    return triton.load(_at(ref, index), mask=mask, other=0.0).astype(jnp.float32)
-
-
-def _store(ref, index: tuple, value, mask) -> None:
-    triton.store(_at(ref, index), value.astype(ref.dtype), mask=mask)
-
-
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x[..., 0] and x[..., 1]; a kernel can't index an array."""
     halves = jax.lax.split(x, (1, 1), axis=x.ndim - 1)
@@ -226,13 +199,13 @@ class _Reader:
         self.refs, self.sizes, self.eps = refs, sizes, eps
         self.first_token = pl.program_id(0) * sizes.run
         self.pieces = range(sizes.pieces)
-        self.exists_MhK = _exists(sizes.tile, sizes.piece)
+        self.exists_MhK = exists(sizes.tile, sizes.piece)
         pairs = sizes.tile[2] // 2, 2
-        self.exists_P2 = _exists(pairs, (sizes.piece[2] // 2, 2))
+        self.exists_P2 = exists(pairs, (sizes.piece[2] // 2, 2))
 
     def vector(self, name: str) -> list[jax.Array]:
         """A parameter. Read for every token, from cache: there are no registers left for it."""
-        return [_load(self.refs[name], (slice(None), i), self.exists_MhK) for i in self.pieces]
+        return [load(self.refs[name], (slice(None), i), self.exists_MhK) for i in self.pieces]
 
     def mask(self, t) -> jax.Array:
         """Which lanes of a piece of this program's token t there are."""
@@ -241,12 +214,12 @@ class _Reader:
     def rotation(self, t) -> tuple[jax.Array, jax.Array]:
         """cos and sin, (P,) each."""
         is_token = self.first_token + t < self.sizes.tokens
-        return _halves(_load(self.refs["rotation"], (t,), self.exists_P2 & is_token))
+        return _halves(load(self.refs["rotation"], (t,), self.exists_P2 & is_token))
 
     def normed(self, t) -> tuple[jax.Array, list, list, list]:
         """Of x = z + bias: 1 / rms(x); x / rms(x); n = RMSNorm(x), rounded to z's dtype; y."""
         ref, mask = self.refs["z"], self.mask(t)
-        z = [_load(ref, (t, slice(None), i), mask) for i in self.pieces]
+        z = [load(ref, (t, slice(None), i), mask) for i in self.pieces]
         x = list(map(jnp.add, z, self.vector("bias")))
         rrms = jax.lax.rsqrt(_for_all(_products(x, x)) / self.sizes.width + self.eps)
         normed = [piece * rrms for piece in x]
@@ -258,7 +231,7 @@ class _Reader:
 
 def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     reader = _Reader(refs, sizes, options.eps)
-    for_window, for_fast = _within(options.window), _within(options.fast)
+    for_window, for_fast = within(options.window), within(options.fast)
 
     def token(t, carry):
         """Token t of this program, from its loads to its stores; nothing is carried."""
@@ -268,9 +241,9 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
         for i in reader.pieces:
             window, fast = _rotate(n[i], *rotation), _rotate(y[i] * factor, *rotation)
             for ref, is_read in zip(out["window"], for_window, strict=True):
-                _store(ref, (t, slice(None), i), window, mask & is_read)
+                store(ref, (t, slice(None), i), window, mask & is_read)
             for ref, is_read in zip(out["fast"], for_fast, strict=True):
-                _store(ref, (slice(None), t, i), fast, mask & is_read)
+                store(ref, (slice(None), t, i), fast, mask & is_read)
         return carry
 
     jax.lax.fori_loop(0, sizes.run, token, None)
@@ -278,13 +251,13 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
 
 def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     reader = _Reader(refs, sizes, options.eps)
-    of_window, of_fast = _within(options.window), _within(options.fast)
+    of_window, of_fast = within(options.window), within(options.fast)
 
     def unrotated(name, index, is_written, mask, rotation):
         """The cotangent of what was rotated, from those of the arrays that have this chunk."""
         cos, sin = rotation
         arrays = zip(refs[name], is_written, strict=True)
-        parts = (_load(ref, index, mask & written) for ref, written in arrays)
+        parts = (load(ref, index, mask & written) for ref, written in arrays)
         return _rotate(reduce(jnp.add, parts), cos, -sin)
 
     def token(t, sums):
@@ -292,8 +265,8 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
         rotation, (rrms, normed, n, y) = reader.rotation(t), reader.normed(t)
         mask, every = reader.mask(t), slice(None)
         dwindow, dfast = (
-            [unrotated(name, index(i), within, mask, rotation) for i in reader.pieces]
-            for name, within, index in (
+            [unrotated(name, index(i), has_chunk, mask, rotation) for i in reader.pieces]
+            for name, has_chunk, index in (
                 ("window", of_window, lambda i: (t, every, i)),
                 ("fast", of_fast, lambda i: (every, t, i)),
             )
@@ -307,7 +280,7 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
         dnormed = list(map(jnp.multiply, dn, reader.vector("norm_scale")))
         along = _for_all(_products(dnormed, normed)) / sizes.width
         for i in reader.pieces:
-            _store(out["z"], (t, every, i), (dnormed[i] - normed[i] * along) * rrms, mask)
+            store(out["z"], (t, every, i), (dnormed[i] - normed[i] * along) * rrms, mask)
         terms = {
             "norm_scale": map(jnp.multiply, dn, normed),
             "fast_scale": map(jnp.multiply, dy, n),
@@ -319,4 +292,4 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     sums = jax.lax.fori_loop(0, sizes.run, token, dict.fromkeys(_VECTORS, zeros))
     for name, pieces in sums.items():
         for i, total in enumerate(pieces):
-            _store(out[name], (slice(None), i), total, reader.exists_MhK)
+            store(out[name], (slice(None), i), total, reader.exists_MhK)

@@ -7,9 +7,9 @@ h attention heads that are held together.
 import math
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
+
+from lact_jax.ops.masked import ChunkRange, place
 
 # Tokens that a program goes through, one at a time. The backward pass writes its sums once a
 # program: with 20 these are 8 % of its bytes. With 60 they are 3 %, but 13 chunks of 4680 tokens
@@ -17,8 +17,6 @@ from jax.experimental import pallas as pl
 # 0.56 and 0.89 ms instead of 0.38 and 0.74.
 TOKENS = 20
 MAX_LANES = 8192  # of a token: a thread then has 64 numbers of each array
-
-ChunkRange = tuple[int, int]  # the first chunk and the end
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,14 @@ class Sizes:
     def window_block(self, chunks: ChunkRange) -> pl.BlockSpec:
         return pl.BlockSpec(
             (None, None, self.run, *self._token_block),
-            lambda run, chunk, clip: (clip, _place(chunk, chunks), run, 0, 0, 0, 0),
+            lambda run, chunk, clip: (clip, place(chunk, chunks), run, 0, 0, 0, 0),
         )
 
     def fast_block(self, chunks: ChunkRange) -> pl.BlockSpec:
         fast_heads, *head = self._token_block
         return pl.BlockSpec(
             (None, None, fast_heads, self.run, *head),
-            lambda run, chunk, clip: (clip, _place(chunk, chunks), 0, run, 0, 0, 0),
+            lambda run, chunk, clip: (clip, place(chunk, chunks), 0, run, 0, 0, 0),
         )
 
     def rotation_block(self) -> pl.BlockSpec:
@@ -124,9 +122,3 @@ class Sizes:
     def _token_block(self) -> tuple[int, int, int, int]:
         fast_heads, *head = self.tile
         return fast_heads, self.pieces, *head
-
-
-def _place(chunk: jax.Array, chunks: ChunkRange) -> jax.Array:
-    """A chunk's place in an array of the range `chunks`, or some place where it has none."""
-    first, end = chunks
-    return jnp.minimum(jnp.maximum(chunk - first, 0), end - first - 1)

@@ -15,7 +15,8 @@ from lact_jax.models import lact as lact_module
 from lact_jax.models.dit import abstract_params
 from lact_jax.models.lact import LaCT, LaCTConfig
 from lact_jax.models.remat import REMAT_POLICIES
-from lact_jax.ops.qk_kernels import window_and_fast
+from lact_jax.ops.merge_kernels import MergeOptions
+from lact_jax.ops.qk_kernels import QKOptions
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -144,21 +145,26 @@ def use_kernels(monkeypatch):
     """Interpreted, whatever the device and type; the list that comes back holds their options."""
     calls = []
 
-    def interpreted(*args):
-        *arrays, options = args
-        calls.append(options)
-        return window_and_fast(*arrays, replace(options, interpret=True))
+    def interpreted(kernel):
+        def call(*args):
+            *arrays, options = args
+            calls.append(options)
+            return kernel(*arrays, replace(options, interpret=True))
+
+        return call
 
     monkeypatch.setattr(lact_module.kernels, "wanted", lambda *_: True)
-    monkeypatch.setattr(lact_module, "window_and_fast", interpreted)
+    for name in ("window_and_fast", "merge"):
+        monkeypatch.setattr(lact_module, name, interpreted(getattr(lact_module, name)))
     return calls
 
 
-def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"learnable_ttt_scale": False, "ttt_scale": 0.5}])
+def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch, options):
     stream = random_stream(2, 2, DIM)
 
     def outputs():
-        layer = make_layer()  # its functions are compiled anew
+        layer = make_layer(**options)  # its functions are compiled anew
         run = jax.checkpoint(
             lambda params: layer.sequence(params, *stream), policy=REMAT_POLICIES["selective"]
         )
@@ -168,7 +174,7 @@ def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch):
     want = outputs()
     calls = use_kernels(monkeypatch)
     got = outputs()
-    assert calls
+    assert {QKOptions, MergeOptions} == set(map(type, calls))
     for mine, plain in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert mine.dtype == plain.dtype
         if np.linalg.norm(plain) > 1e-4:
@@ -179,14 +185,14 @@ def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "taken"),
-    [({}, True), ({"momentum": True}, True), ({"qkv_silu": True}, False),
-     ({"qk_l2_norm": False}, False)],
+    [({"momentum": True}, {QKOptions, MergeOptions}), ({"qkv_silu": True}, {MergeOptions}),
+     ({"qk_l2_norm": False}, {MergeOptions}), ({"o_norm": False}, {QKOptions})],
 )  # fmt: skip
 def test_kernels_leave_other_options_to_the_plain_form(monkeypatch, options, taken):
     calls = use_kernels(monkeypatch)
     layer = make_layer(**options)
     jax.eval_shape(layer.sequence, layer.params, *random_stream(1, 1, DIM))
-    assert bool(calls) is taken
+    assert set(map(type, calls)) == taken
 
 
 @pytest.mark.parametrize(
