@@ -9,6 +9,8 @@ the backward pass (--keep_hidden, as PyTorch does beside it); a layer that is re
 not, and that form is timed as well.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from absl import app, flags
@@ -16,10 +18,13 @@ from absl import app, flags
 from benchmarks import common
 from lact_jax.flops import count_flops
 from lact_jax.ops import fast_weights as fw
+from lact_jax.ops import kernels
+from lact_jax.ops.swiglu_kernels import choose_backend
 
 CHUNKS = flags.DEFINE_integer("chunks", 7, "Chunks of the clip.")
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs; the median counts.")
 KEEP_HIDDEN = flags.DEFINE_bool("keep_hidden", True, "Keep hidden activations (scan_chunks).")
+KERNELS = flags.DEFINE_enum("kernels", "auto", kernels.CHOICES, "As model.kernels.")
 MUON = flags.DEFINE_bool("muon", False, "Orthogonalise the updates.")
 TORCH = flags.DEFINE_bool("torch", False, "Run the plain PyTorch form, compiled, beside it.")
 SMALL = flags.DEFINE_bool("small", False, "Tiny shapes, to see that the script runs.")
@@ -49,21 +54,27 @@ def random_inputs(sizes: dict, chunks: int, dtype):
     return initial, updates, queries
 
 
-def operation(initial, updates, queries, rule: fw.UpdateRule, keep_hidden: bool = False):
+def operation(inputs, rule: fw.UpdateRule, *, kernels: str, keep_hidden: bool = False):
     """Outputs of the first chunk's queries, and of both streams behind the updates."""
-    first, streams = queries
-    o_first = fw.read(initial, first)
+    initial, updates, (first, streams) = inputs
+    backend = choose_backend(kernels, first.dtype, initial.w1_BMEH.shape[-1])
+    o_first = fw.read(initial, first, backend=backend)
     _, o_streams = fw.scan_chunks(
-        initial, updates, (streams[0], streams[1]), rule, keep_hidden=keep_hidden
+        initial,
+        updates,
+        (streams[0], streams[1]),
+        rule,
+        keep_hidden=keep_hidden,
+        backend=backend,
     )
     return o_first, o_streams
 
 
-def forward_and_backward(rule: fw.UpdateRule, keep_hidden: bool):
+def forward_and_backward(forward):
     """(inputs, cotangents of the outputs) -> (outputs, gradients of all inputs)."""
 
     def run(inputs, cotangents):
-        outputs, transpose = jax.vjp(lambda inputs: operation(*inputs, rule, keep_hidden), inputs)
+        outputs, transpose = jax.vjp(forward, inputs)
         return outputs, transpose(cotangents)
 
     return run
@@ -82,9 +93,9 @@ def beside_torch(inputs, cotangents, ours, flops, rate) -> dict:
     }
 
 
-def timed(keep_hidden: bool, rule, inputs, cotangents, flops, rate) -> tuple[tuple, dict]:
+def timed(forward, inputs, cotangents, flops, rate) -> tuple[tuple, dict]:
     """(outputs and gradients, time and share of the rate), forward and backward."""
-    step = jax.jit(forward_and_backward(rule, keep_hidden))
+    step = jax.jit(forward_and_backward(forward))
     result, first = common.first_call_seconds(lambda: step(inputs, cotangents))
     seconds = common.median_seconds(lambda: step(inputs, cotangents), REPEATS.value)
     return result, {
@@ -97,28 +108,31 @@ def timed(keep_hidden: bool, rule, inputs, cotangents, flops, rate) -> tuple[tup
 def main(_):
     sizes = SMALL_SIZES if SMALL.value else SIZES
     inputs = random_inputs(sizes, CHUNKS.value, jnp.bfloat16)
-    rule = fw.UpdateRule(muon=MUON.value)
-    shapes = jax.eval_shape(lambda inputs: operation(*inputs, rule), inputs)
+    compute = partial(operation, rule=fw.UpdateRule(muon=MUON.value), kernels=KERNELS.value)
+    shapes = jax.eval_shape(compute, inputs)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     cotangents = tree.unflatten(
         [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     )
     rate = common.measured_matmul_rate(jnp.bfloat16, 256 if SMALL.value else 8192)
-    forward = count_flops(lambda *inputs: operation(*inputs, rule), *inputs)
+    forward = count_flops(compute, inputs)
     chosen, other = KEEP_HIDDEN.value, not KEEP_HIDDEN.value
-    ours, times = timed(chosen, rule, inputs, cotangents, 3 * forward, rate)
+    keeping = partial(compute, keep_hidden=chosen)
+    ours, times = timed(keeping, inputs, cotangents, 3 * forward, rate)
     peak = common.peak_gigabytes()
-    _, other_times = timed(other, rule, inputs, cotangents, 3 * forward, rate)
-    only = jax.jit(lambda inputs: operation(*inputs, rule))
+    changed = partial(compute, keep_hidden=other)
+    _, other_times = timed(changed, inputs, cotangents, 3 * forward, rate)
+    only = jax.jit(compute)
     common.first_call_seconds(lambda: only(inputs))
     forward_seconds = common.median_seconds(lambda: only(inputs), REPEATS.value)
-    exact = jax.jit(forward_and_backward(rule, chosen))(
+    exact = jax.jit(forward_and_backward(keeping))(
         *jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
     )
     result = {
         "sizes": str({**sizes, "chunks": CHUNKS.value}),
         "muon": MUON.value,
+        "kernels": KERNELS.value,
         "forward TFLOP": forward / 1e12,
         "matmul TFLOP/s": rate / 1e12,
         "keep_hidden": chosen,

@@ -34,6 +34,7 @@ from lact_jax.ops.parallel import mean_over_tokens
 from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
+from lact_jax.ops.swiglu_kernels import choose_backend
 
 L2_EPS = 1e-5
 
@@ -307,9 +308,10 @@ class LaCT(QKVO):
         q_first, q_clean, q_later = q_fast
         q_first = rearrange(q_first, "b r m s e -> b m (r s) e")
         q_later = rearrange(q_later, "b (w r) m s e -> w b m (r s) e", r=repeat)
-        o_first = fw.read(initial, q_first)
+        backend = choose_backend(self.kernels, x_BCSD.dtype, self.w1.shape[-1])
+        o_first = fw.read(initial, q_first, backend=backend)
         state, (o_clean, o_later) = fw.scan_chunks(
-            initial, chunks, (by_chunk(q_clean), q_later), self.config.rule
+            initial, chunks, (by_chunk(q_clean), q_later), self.config.rule, backend=backend
         )
         w0, w1, w2 = fw.to_matrices(state.weights)
         stats = {

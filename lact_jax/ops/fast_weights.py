@@ -9,6 +9,7 @@ Weights live in float32; a copy in the inputs' dtype feeds each matmul, which ac
 float32. w0 and w2 are kept as one (2H, E) matrix so that each token needs one matmul less.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from lact_jax.ops import swiglu_kernels
 from lact_jax.ops.numerics import l2_norm, matmul_precision
 from lact_jax.ops.parallel import sum_over_tokens
 
@@ -137,49 +139,25 @@ def _silu_and_derivatives(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     return x * sigmoid, slope, curvature
 
 
-# The nonlinearity and its gradient have backward passes of their own: what they keep are matmul
-# results in the inputs' dtype, not float32 intermediates, and the cotangent of both halves of
-# (w0 x, w2 x) is written once, as the matmuls after it read it.
-
-
-@jax.custom_vjp
-def _swiglu(gu_BMSG: jax.Array) -> jax.Array:
-    """h = silu(g) u, in the dtype of (g, u): (B, M, S, H)."""
-    g_BMSH, u_BMSH = _gate_and_up(gu_BMSG)
-    return (jax.nn.silu(g_BMSH) * u_BMSH).astype(gu_BMSG.dtype)
-
-
-def _swiglu_fwd(gu_BMSG):
-    return _swiglu(gu_BMSG), gu_BMSG
-
-
-def _swiglu_bwd(gu_BMSG, dh_BMSH):
+def _plain_value_and_gradient(gu_BMSG: jax.Array, dh_BMSH: jax.Array) -> tuple[jax.Array, ...]:
+    """(h, dgu): see `swiglu_kernels.value_and_gradient`, its twin."""
     g, u = _both_for_each_half(gu_BMSG)
     silu, slope, _ = _silu_and_derivatives(g)
     dh_BMS1H = dh_BMSH.astype(jnp.float32)[..., None, :]
     dgu = dh_BMS1H * jnp.where(_IS_GATE_21, u * slope, silu)
-    return (dgu.astype(gu_BMSG.dtype).reshape(gu_BMSG.shape),)
+    return _swiglu(gu_BMSG), dgu.astype(gu_BMSG.dtype).reshape(gu_BMSG.shape)
 
 
-_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
-
-
-@jax.custom_vjp
-def _swiglu_gradient(gu_BMSG: jax.Array, dh_BMSH: jax.Array) -> tuple[jax.Array, ...]:
-    """(h, dg, du) from (g, u) and dh, all in their dtype: h = silu(g) u, dg = dh u silu'(g),
-    du = dh silu(g)."""
+def _plain_value_and_gradients(gu_BMSG: jax.Array, dh_BMSH: jax.Array) -> tuple[jax.Array, ...]:
+    """(h, dg, du): see `swiglu_kernels.value_and_gradients`, its twin."""
     g, u = _gate_and_up(gu_BMSG)
     dh = dh_BMSH.astype(jnp.float32)
     silu, slope, _ = _silu_and_derivatives(g)
     return tuple(x.astype(gu_BMSG.dtype) for x in (silu * u, dh * u * slope, dh * silu))
 
 
-def _swiglu_gradient_fwd(gu_BMSG, dh_BMSH):
-    return _swiglu_gradient(gu_BMSG, dh_BMSH), (gu_BMSG, dh_BMSH)
-
-
-def _swiglu_gradient_bwd(residuals, cotangents):
-    gu_BMSG, dh_BMSH = residuals
+def _plain_gradients_of_gradients(gu_BMSG, dh_BMSH, *cotangents) -> tuple[jax.Array, ...]:
+    """(to_gu, to_dh): see `swiglu_kernels.gradients_of_gradients`, its twin."""
     dh, to_h, to_dg, to_du = (x.astype(jnp.float32) for x in (dh_BMSH, *cotangents))
     g, u = _gate_and_up(gu_BMSG)
     silu, slope, _ = _silu_and_derivatives(g)
@@ -194,27 +172,107 @@ def _swiglu_gradient_bwd(residuals, cotangents):
     return to_gu, to_dh_BMSH.astype(dh_BMSH.dtype)
 
 
+class _Passes(NamedTuple):
+    """The elementwise passes between matmuls: see the functions of `swiglu_kernels`."""
+
+    value_and_gradient: Callable
+    value_and_gradients: Callable
+    gradients_of_gradients: Callable
+
+
+def _kernel_passes(interpret: bool) -> _Passes:
+    functions = (getattr(swiglu_kernels, name) for name in _Passes._fields)
+    return _Passes(*(partial(function, interpret=interpret) for function in functions))
+
+
+BACKENDS = {
+    "xla": _Passes(
+        _plain_value_and_gradient, _plain_value_and_gradients, _plain_gradients_of_gradients
+    ),
+    "triton": _kernel_passes(interpret=False),
+    "interpret": _kernel_passes(interpret=True),
+}
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
+
+
+# The nonlinearity and its gradient have backward passes of their own: what they keep are matmul
+# results in the inputs' dtype, not float32 intermediates, and the cotangent of both halves of
+# (w0 x, w2 x) is written once, as the matmuls after it read it.
+
+
+def _swiglu(gu_BMSG: jax.Array) -> jax.Array:
+    """h = silu(g) u, in the dtype of (g, u): (B, M, S, H)."""
+    g_BMSH, u_BMSH = _gate_and_up(gu_BMSG)
+    return (jax.nn.silu(g_BMSH) * u_BMSH).astype(gu_BMSG.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _down(gu_BMSG: jax.Array, w1_BMEH: jax.Array, backend: str) -> jax.Array:
+    """w1 (silu(g) u), in the dtype of (g, u) and w1: (B, M, S, E)."""
+    return _einsum("bmsh,bmeh->bmse", _swiglu(gu_BMSG), w1_BMEH)
+
+
+def _down_fwd(gu_BMSG, w1_BMEH, backend):
+    return _down(gu_BMSG, w1_BMEH, backend), (gu_BMSG, w1_BMEH)
+
+
+def _down_bwd(backend, residuals, dy_BMSE):
+    gu_BMSG, w1_BMEH = residuals
+    if backend != "xla":
+        # XLA joins the matmuls of streams that read the same weights, and a kernel can't read its
+        # part of the result before that is copied. So these weights are not seen to be the same.
+        gu_BMSG, w1_BMEH = jax.lax.optimization_barrier((gu_BMSG, w1_BMEH))
+    dh_BMSH = _einsum("bmse,bmeh->bmsh", dy_BMSE, w1_BMEH)
+    h_BMSH, dgu_BMSG = BACKENDS[backend].value_and_gradient(gu_BMSG, dh_BMSH)
+    return dgu_BMSG, _einsum("bmse,bmsh->bmeh", dy_BMSE, h_BMSH)
+
+
+_down.defvjp(_down_fwd, _down_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _swiglu_gradient(gu_BMSG, dh_BMSH, backend: str) -> tuple[jax.Array, ...]:
+    """(h, dg, du) from (g, u) and dh, all in their dtype: h = silu(g) u, dg = dh u silu'(g),
+    du = dh silu(g)."""
+    return BACKENDS[backend].value_and_gradients(gu_BMSG, dh_BMSH)
+
+
+def _swiglu_gradient_fwd(gu_BMSG, dh_BMSH, backend):
+    return _swiglu_gradient(gu_BMSG, dh_BMSH, backend), (gu_BMSG, dh_BMSH)
+
+
+def _swiglu_gradient_bwd(backend, residuals, cotangents):
+    return BACKENDS[backend].gradients_of_gradients(*residuals, *cotangents)
+
+
 _swiglu_gradient.defvjp(_swiglu_gradient_fwd, _swiglu_gradient_bwd)
 
 
-def read(weights: FastWeights, q_BMTE: jax.Array) -> jax.Array:
-    """f(q) for every query: (B, M, T, E), in q's dtype."""
-    h_BMTH = _swiglu(_hidden(weights.w02_BMGE, q_BMTE))
-    return _einsum("bmth,bmeh->bmte", h_BMTH, weights.w1_BMEH.astype(q_BMTE.dtype))
+def read(weights: FastWeights, q_BMTE: jax.Array, *, backend: str = "xla") -> jax.Array:
+    """f(q) for every query: (B, M, T, E), in q's dtype. For `backend` see `scan_chunks`."""
+    _check_backend(backend)
+    gu_BMTG = _hidden(weights.w02_BMGE, q_BMTE)
+    return _down(gu_BMTG, weights.w1_BMEH.astype(q_BMTE.dtype), backend)
 
 
-def gradient(weights: FastWeights, chunk: Chunk) -> FastWeights:
+def gradient(weights: FastWeights, chunk: Chunk, *, backend: str = "xla") -> FastWeights:
     """-grad of the loss -<f(k), v>, each token weighted by its learning rates (float32).
 
-    Learning rates multiply the narrow side (k, v), which has E instead of H columns.
+    Learning rates multiply the narrow side (k, v), which has E instead of H columns. For `backend`
+    see `scan_chunks`.
     """
+    _check_backend(backend)
     k_BMSE, v_BMSE = chunk.k_BMSE, chunk.v_BMSE
     dtype = k_BMSE.dtype
     lr0_BMS1, lr1_BMS1, lr2_BMS1 = jnp.split(chunk.lr_BMS3.astype(jnp.float32), 3, axis=-1)
     gu_BMSG = _hidden(weights.w02_BMGE, k_BMSE)
     dh_BMSH = _einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
     dh_BMSH = checkpoint_name(dh_BMSH, "hidden")
-    h_BMSH, dg_BMSH, du_BMSH = _swiglu_gradient(gu_BMSG, dh_BMSH)
+    h_BMSH, dg_BMSH, du_BMSH = _swiglu_gradient(gu_BMSG, dh_BMSH, backend)
     dw0_BMHE = sum_of_outer(dg_BMSH, (lr0_BMS1 * k_BMSE).astype(dtype))
     dw1_BMEH = sum_of_outer((lr1_BMS1 * v_BMSE).astype(dtype), h_BMSH)
     dw2_BMHE = sum_of_outer(du_BMSH, (lr2_BMS1 * k_BMSE).astype(dtype))
@@ -246,12 +304,16 @@ def muon(update: FastWeights, iters: int) -> FastWeights:
     return from_matrices(w0_BMEH.mT, w1_BMEH, w2_BMEH.mT)
 
 
-def update(state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule) -> State:
+def update(
+    state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule, *, backend: str = "xla"
+) -> State:
     """One gradient step on a finished chunk.
 
-    `initial` holds the weights at the start of the sequence, whose row norms weight norm keeps.
+    `initial` holds the weights at the start of the sequence, whose row norms weight norm keeps. For
+    `backend` see `scan_chunks`.
     """
-    step = checkpoint_name(sum_over_tokens(gradient(state.weights, chunk)), "update")
+    step = sum_over_tokens(gradient(state.weights, chunk, backend=backend))
+    step = checkpoint_name(step, "update")
     last_update = None
     if rule.momentum:
         m_BM11 = chunk.momentum_BM.astype(jnp.float32)[..., None, None]
@@ -278,6 +340,7 @@ def scan_chunks(
     rule: UpdateRule,
     *,
     keep_hidden: bool = False,
+    backend: str = "xla",
 ) -> tuple[State, tuple[jax.Array, ...]]:
     """Updates with every clean chunk in turn and reads after each update.
 
@@ -291,6 +354,8 @@ def scan_chunks(
         a token in the inputs' dtype, and the raw updates, for the backward pass. Without it that
         pass computes every chunk again from its inputs and the weights before it, which is the
         better choice where the layer around it is rematerialised.
+      backend: one of BACKENDS for the elementwise passes between matmuls, see
+        `swiglu_kernels.choose_backend`; 'interpret' runs the kernels on any device, slowly.
 
     Returns:
       The final state and one output (C, B, M, T, E) for each stream.
@@ -299,8 +364,8 @@ def scan_chunks(
     @partial(jax.checkpoint, policy=_KEPT if keep_hidden else None, prevent_cse=False)
     def step(state, inputs):
         chunk, queries = inputs
-        state = update(state, chunk, initial, rule)
-        return state, tuple(read(state.weights, q_BMTE) for q_BMTE in queries)
+        state = update(state, chunk, initial, rule, backend=backend)
+        return state, tuple(read(state.weights, q_BMTE, backend=backend) for q_BMTE in queries)
 
     def body(state, inputs):
         return checkpoint_name(step(state, inputs), "fast_weights")
