@@ -50,6 +50,11 @@ def _chunk(run: dict) -> str:
     return f"{run['ms per guided denoise step']:.0f} ms, {run['peak GB']:.1f} GB"
 
 
+def _growth(run: dict) -> str:
+    time, cache = (run[f"{what} at chunk 120 over here"] for what in ("time", "cache"))
+    return f"{time:.3f} ×, {cache:.3f} ×"
+
+
 def _per_call(run: dict, what: str) -> str:
     """Four latent frames a call, what a whole clip takes by default."""
     seconds = run[f"{what} by 4 s"]
@@ -57,6 +62,7 @@ def _per_call(run: dict, what: str) -> str:
 
 
 _RATE, _STEP = "share of the matmul rate", "train_step --config.model.remat"
+_FAR = "sampling --steps=50 --far=120"
 
 LINES = (
     Line("training step of `ar_chunk3f`, whole model, `selective`", "train_all", _step,
@@ -74,6 +80,10 @@ LINES = (
     Line("guided denoise step of a chunk", "sampling", _chunk, "100 ms", "sampling"),
     Line("committing a chunk", "sampling", lambda run: f"{run['ms per commit']:.0f} ms",
          "", "sampling"),
+    Line("81 frames: 7 chunks, 50 guided steps each", "sampling",
+         lambda run: f"{run['seconds for all chunks']:.1f} s", "40 s", _FAR),
+    Line("chunk 120 over chunk 7: time of a step, bytes held", "sampling", _growth,
+         "1.02 ×", _FAR),
     Line("VAE, encoding 81×480×832", "vae", lambda run: _per_call(run, "encode"),
          "1.5 s", "vae --torch", "encode by 4, share of the matmul rate",
          ("torch encode s", 1, "{:.2f} s")),
