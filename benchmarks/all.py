@@ -1,6 +1,6 @@
 """Runs every benchmark, each in a process of its own, and keeps the results in one file.
 
-    python -m benchmarks.all                      # every row, inside 8 minutes on an H200
+    python -m benchmarks.all                      # every row
     python -m benchmarks.all --rows=layer,train_all
     python -m benchmarks.table --readme=README.md # the README's table from all results
 

@@ -33,6 +33,12 @@ def first_call_seconds(call: Callable):
     return result, time.perf_counter() - start
 
 
+def untuned() -> dict[str, str] | None:
+    """compiler_options for a float32 program that only tells errors: on a GPU its tuning takes
+    minutes."""
+    return {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
+
+
 def peak_gigabytes() -> float | None:
     """Peak device memory of this process in GB, None where the backend does not say."""
     stats = jax.local_devices()[0].memory_stats()

@@ -126,7 +126,7 @@ def main(_):
     only = jax.jit(compute)
     common.first_call_seconds(lambda: only(inputs))
     forward_seconds = common.median_seconds(lambda: only(inputs), REPEATS.value)
-    exact = jax.jit(forward_and_backward(keeping))(
+    exact = jax.jit(forward_and_backward(keeping), compiler_options=common.untuned())(
         *jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
     )
     result = {

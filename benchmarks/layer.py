@@ -83,12 +83,11 @@ def forward_and_backward(run):
 
 def errors_of_bfloat16(config: DiTConfig, layout: SequenceLayout, tokens: int) -> dict:
     """How far the type is from float32, on fewer tokens: float32 attention of all needs too much
-    memory. The float32 program is not tuned: that takes longer than all the rest."""
+    memory."""
     inputs = random_inputs(config, layout.length, tokens)
     cotangent = jax.random.normal(jax.random.key(3), inputs[0].shape, jnp.float32)
-    untuned = {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
     results = []
-    for dtype, options in ((config.dtype, None), ("float32", untuned)):
+    for dtype, options in ((config.dtype, None), ("float32", common.untuned())):
         params, run = block_of(dataclasses.replace(config, dtype=dtype), layout, REMAT.value)
         step = jax.jit(forward_and_backward(run), compiler_options=options)
         results.append(step(params, inputs, cotangent))

@@ -13,7 +13,7 @@ def get_config():
         # Trained this long it learns places from RoPE, as Wan does.
         position_embedding=False,
     )  # fmt: skip
-    # What docs/memory found best. Muon's work grows with a head's width squared: with heads of 256 a
+    # What docs/memory found best. Muon's work grows with the square of a head's width: with 256 a
     # step takes about three times as long.
     config.model.lact.update(fw_head_dim=128, muon=True, momentum=True)
     config.data.update(path="runs/data/synthetic_1536", batch_size=32, num_threads=8)
