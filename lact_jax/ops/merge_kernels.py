@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lact_jax.ops.masked import ChunkRange, exists, load, store, within
+from lact_jax.ops.chunk_kernels import ChunkRange, call_by_name, exists, load, store, within
 from lact_jax.ops.merge_tiles import MAX_LANES, Sizes
 
 
@@ -129,22 +129,23 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: MergeOptions) -
     }
     in_blocks = blocks | {"scale": sizes.scale_block()}
     out_blocks = blocks | {"scale": sizes.sums_block()}
-    call = pl.pallas_call(
-        partial(kernel, sizes=sizes, options=options),
-        grid=sizes.grid,
-        in_specs=[{name: in_blocks[name] for name in arrays}],
-        out_specs={name: out_blocks[name] for name in out},
-        out_shape=out,
-        compiler_params=triton.CompilerParams(num_warps=sizes.warps, num_stages=1),
-        interpret=options.interpret,
-        name="merge" + kernel.__name__.removesuffix("_kernel"),
-    )
-    return call(arrays)
+    return call_by_name(
+        kernel, arrays, out, in_blocks, out_blocks,
+        sizes=sizes, options=options, warps=sizes.warps, name="merge",
+    )  # fmt: skip
 
 
 # The kernels. They hold a token as a tile (M, E), with zeros in its padding.
 
 _ALL = slice(None)
+
+
+def _program(refs: dict, sizes: Sizes, options: MergeOptions):
+    """Which parts have this program's chunk, of `fast` and of `window`; which lanes of a token are
+    not padding (M, E); the norm's scale (1, E)."""
+    scale_E = load(refs["scale"], (_ALL,), exists(sizes.tile[1:], sizes.token[1:]))
+    has_chunk = within(options.fast), within(options.window)
+    return *has_chunk, exists(sizes.tile, sizes.token), scale_E[None]
 
 
 def _part(refs: list, index: tuple, has_chunk: list, mask_ME: jax.Array) -> jax.Array:
@@ -170,9 +171,7 @@ def _rms_factor(squares_M: jax.Array, sizes: Sizes, options: MergeOptions) -> ja
 
 
 def _forward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
-    in_fast, in_window = within(options.fast), within(options.window)
-    mask_ME = exists(sizes.tile, sizes.token)
-    scale_1E = load(refs["scale"], (_ALL,), exists(sizes.tile[1:], sizes.token[1:]))[None]
+    in_fast, in_window, mask_ME, scale_1E = _program(refs, sizes, options)
 
     def token(t, carry):
         """Token t of this program, from its loads to its stores; nothing is carried."""
@@ -191,9 +190,7 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
 
 
 def _backward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
-    in_fast, in_window = within(options.fast), within(options.window)
-    mask_ME = exists(sizes.tile, sizes.token)
-    scale_1E = load(refs["scale"], (_ALL,), exists(sizes.tile[1:], sizes.token[1:]))[None]
+    in_fast, in_window, mask_ME, scale_1E = _program(refs, sizes, options)
 
     def token(t, sums):
         """Token t of this program: stores its gradients, adds its terms to the scale's."""

@@ -11,11 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lact_jax.ops.masked import ChunkRange, place
+from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place
 
-# Tokens that a program goes through, one at a time. The backward pass writes its sums once a
-# program: with 20 these are 4 % of its bytes.
-TOKENS = 20
 WARP_THREADS = 32
 # Of each array a thread holds so many numbers of a token: the backward pass then takes up to 126
 # registers.
@@ -24,16 +21,12 @@ MAX_LANES = 16 * WARP_THREADS * LANES_PER_THREAD
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(TokenRuns):
     """Sizes, and which block of each array a program has.
 
-    A program has a run of tokens of one chunk: the grid is (runs, C, B). A token is M heads of E
-    numbers; window attention's heads are merged and cut anew.
+    A token is M heads of E numbers; window attention's heads are merged and cut anew.
     """
 
-    batch: int
-    chunks: int
-    tokens: int
     heads: int
     head_dim: int
 
@@ -50,15 +43,6 @@ class Sizes:
     @property
     def warps(self) -> int:
         return max(math.prod(self.tile) // (WARP_THREADS * LANES_PER_THREAD), 1)
-
-    @property
-    def run(self) -> int:
-        """Tokens of a program."""
-        return min(TOKENS, self.tokens)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return pl.cdiv(self.tokens, self.run), self.chunks, self.batch
 
     def window_shape(self, chunks: ChunkRange) -> tuple[int, ...]:
         """(B, C', S, M, E)."""

@@ -20,9 +20,8 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from lact_jax.ops.masked import ChunkRange, exists, load, store, within
+from lact_jax.ops.chunk_kernels import ChunkRange, call_by_name, exists, load, store, within
 from lact_jax.ops.qk_tiles import MAX_LANES, Sizes
 
 WARPS = 4
@@ -142,17 +141,10 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
     }
     in_blocks = blocks | dict.fromkeys(("bias", *_VECTORS), sizes.vector_block())
     out_blocks = blocks | dict.fromkeys(_VECTORS, sizes.sums_block())
-    call = pl.pallas_call(
-        partial(kernel, sizes=sizes, options=options),
-        grid=sizes.grid,
-        in_specs=[{name: in_blocks[name] for name in arrays}],
-        out_specs={name: out_blocks[name] for name in out},
-        out_shape=out,
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=options.interpret,
-        name="qk" + kernel.__name__.removesuffix("_kernel"),
-    )
-    return call(arrays)
+    return call_by_name(
+        kernel, arrays, out, in_blocks, out_blocks,
+        sizes=sizes, options=options, warps=WARPS, name="qk",
+    )  # fmt: skip
 
 
 # The kernels. They hold a token as a list of pieces (M, h, K).

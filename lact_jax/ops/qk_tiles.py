@@ -9,31 +9,23 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-from lact_jax.ops.masked import ChunkRange, place
+from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place
 
-# Tokens that a program goes through, one at a time. The backward pass writes its sums once a
-# program: with 20 these are 8 % of its bytes. With 60 they are 3 %, but 13 chunks of 4680 tokens
-# are then 1014 programs, too few to keep an H200 busy to the end: forward and backward of q took
-# 0.56 and 0.89 ms instead of 0.38 and 0.74.
-TOKENS = 20
 MAX_LANES = 8192  # of a token: a thread then has 64 numbers of each array
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(TokenRuns):
     """Sizes, and which block of each array a program has.
 
-    A program has a run of tokens of one chunk: the grid is (runs, C, B). Where an array has a range
-    of the chunks only, a program of another chunk is given some block, which it masks.
+    Where an array has a range of the chunks only, a program of another chunk is given some block,
+    which it masks.
 
     token: a token's numbers as (M, pieces, h, K). h is the largest power of two that divides the
       attention heads of a fast one. Blocks have to be powers of two: were it all one piece, the 6
       heads of ar_chunk3f would be padded to 8, and the kernels are busy enough.
     """
 
-    batch: int
-    chunks: int
-    tokens: int
     token: tuple[int, int, int, int]
 
     @classmethod
@@ -64,15 +56,6 @@ class Sizes:
     def tile(self) -> tuple[int, int, int]:
         """(M, h, K) padded to powers of two."""
         return tuple(map(pl.next_power_of_2, self.piece))
-
-    @property
-    def run(self) -> int:
-        """Tokens of a program."""
-        return min(TOKENS, self.tokens)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return pl.cdiv(self.tokens, self.run), self.chunks, self.batch
 
     # Shapes.
 

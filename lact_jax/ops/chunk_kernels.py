@@ -1,0 +1,103 @@
+"""What kernels over chunks of the sequence share: runs of tokens, masked access, ranges of chunks.
+
+Triton takes only blocks whose sides are powers of two, so blocks are padded and masked. Arrays that
+are read or written apart have a range of the chunks each; of those that lack its own chunk a
+program is given some block, which it masks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+ChunkRange = tuple[int, int]  # the first chunk and the end
+
+# Tokens that a program goes through, one at a time. Backward passes write their sums once a
+# program: with 20 these are 8 % of the bytes of the q and k kernel. With 60 they are 3 %, but 13
+# chunks of 4680 tokens are then 1014 programs, too few to keep an H200 busy to the end: forward and
+# backward of q took 0.56 and 0.89 ms instead of 0.38 and 0.74.
+TOKENS = 20
+
+
+@dataclass(frozen=True)
+class TokenRuns:
+    """A program has a run of tokens of one chunk: the grid is (runs, C, B)."""
+
+    batch: int
+    chunks: int
+    tokens: int
+
+    @property
+    def run(self) -> int:
+        """Tokens of a program."""
+        return min(TOKENS, self.tokens)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return pl.cdiv(self.tokens, self.run), self.chunks, self.batch
+
+
+def call_by_name(
+    kernel: Callable, arrays: dict, out: dict, in_blocks: dict, out_blocks: dict, *,
+    sizes: TokenRuns, options, warps: int, name: str,
+) -> dict:  # fmt: skip
+    """Runs kernel(arrays, out, sizes=..., options=...) over `sizes.grid`; what it makes, by name.
+
+    Args:
+      kernel: ends in `_kernel`; profiles call it by `name` and what stands before that.
+      arrays, out: inputs, and shapes and types of outputs, by name.
+      in_blocks, out_blocks: BlockSpecs by name; there may be more than are used.
+      sizes, options: of the kernel; `options.interpret` runs it on any device, slowly.
+      warps: of a program.
+    """
+    call = pl.pallas_call(
+        partial(kernel, sizes=sizes, options=options),
+        grid=sizes.grid,
+        in_specs=[{name: in_blocks[name] for name in arrays}],
+        out_specs={name: out_blocks[name] for name in out},
+        out_shape=out,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=options.interpret,
+        name=name + kernel.__name__.removesuffix("_kernel"),
+    )
+    return call(arrays)
+
+
+def exists(padded: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
+    """Which lanes of a padded tile are not padding."""
+    lanes_exist = jnp.full(padded, True)
+    for axis, (lanes, size) in enumerate(zip(padded, sizes, strict=True)):
+        if lanes > size:
+            lanes_exist &= jax.lax.broadcasted_iota(jnp.int32, padded, axis) < size
+    return lanes_exist
+
+
+def within(ranges: tuple[ChunkRange, ...]) -> list[jax.Array]:
+    """Whether this program's chunk, which the grid's second axis counts, is of each range."""
+    chunk = pl.program_id(1)
+    return [(first <= chunk) & (chunk < end) for first, end in ranges]
+
+
+def place(chunk: jax.Array, chunks: ChunkRange) -> jax.Array:
+    """A chunk's place in an array of the range `chunks`, or some place where it has none."""
+    first, end = chunks
+    return jnp.minimum(jnp.maximum(chunk - first, 0), end - first - 1)
+
+
+def _at(ref, index: tuple):
+    # Interpreted, JAX 0.10 takes no plain integers beside a mask.
+    return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
+
+
+def load(ref, index: tuple, mask) -> jax.Array:
+    """The block's numbers in float32, with zeros where the mask is False."""
+    return triton.load(_at(ref, index), mask=mask, other=0.0).astype(jnp.float32)
+
+
+def store(ref, index: tuple, value: jax.Array, mask) -> None:
+    """Stores in the type of `ref` where the mask is True."""
+    triton.store(_at(ref, index), value.astype(ref.dtype), mask=mask)
