@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from run_fixtures import tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
 from lact_jax import training_log
@@ -134,8 +135,12 @@ def test_without_a_known_peak_there_is_no_utilisation():
     assert step_work(config, (6, 4, 4), np.array([card, card])) == work._replace(peak=2 * 989e12)
 
 
-def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path, monkeypatch):
     for step, last, value in ((0, 5, 1.0), (3, 4, 2.0)):
+        # TensorBoard reads files in the order of their names, which begin with the second in which
+        # they were made: no two starts of a run share one.
+        clock = types.SimpleNamespace(time=lambda start=step: 1e9 + start)
+        monkeypatch.setattr(event_file_writer, "time", clock)
         run = start_run(TensorboardOptions(), tmp_path, step)
         for s in range(step + 1, last + 1):
             run.log(s, {"loss": value})
