@@ -20,7 +20,11 @@ REMAT_POLICIES = {
     "selective": _POLICIES.save_from_both_policies(
         _POLICIES.save_only_these_names("attention", "qkv", "fast_weights", "ffn"), _is_attention
     ),
+    # What is inside the fast weights' scan is computed again; no other matmul and no attention is.
     "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
+        _POLICIES.save_only_these_names("attention", "fast_weights"),
+        _POLICIES.save_from_both_policies(
+            _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
+        ),
     ),
 }

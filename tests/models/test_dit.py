@@ -21,11 +21,14 @@ from model_fixtures import (
 )
 from numpy_twins import relative_error
 
+from lact_jax.flops import count_jaxpr_flops
 from lact_jax.models import layers
 from lact_jax.models.dit import DiT, DiTConfig, abstract_params, bind, init_params
 from lact_jax.models.gla import GLAConfig
 from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
+from lact_jax.planning.measure import kept_bytes
+from lact_jax.planning.search import FRUGALITY
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -235,6 +238,27 @@ def test_recomputing_activations_changes_nothing(name, remat):
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(gradients), strict=True)
     for path, got, want in zip(paths, jax.tree.leaves(other_gradients), leaves, strict=True):
         assert relative_error(got, want) < 1e-5, path
+
+
+def test_a_policy_that_keeps_less_computes_more():
+    config, x = MODELS["momentum and muon"], random_inputs(2, 2)
+
+    def loss(remat, params):
+        run = compiled(replace(config, remat=remat)).sequence_raw
+        out, _ = run(params, x.clean, x.noise, x.timestep, x.text)
+        return jnp.mean(jnp.square(out - x.noise))
+
+    flops, kept = {}, []
+    for remat in FRUGALITY:
+        jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, remat)))(
+            random_params(config)
+        ).jaxpr
+        flops[remat] = count_jaxpr_flops(jaxpr)
+        kept.append(kept_bytes(jaxpr))
+    assert list(flops) == sorted(flops, key=flops.get) and len(set(flops.values())) == len(flops)
+    assert kept == sorted(kept, reverse=True)
+    # Muon's matmuls are a quarter of all: `dots` keeps their results as well.
+    assert flops["dots"] < 1.02 * flops["none"]
 
 
 def test_bfloat16_stays_near_float32():
