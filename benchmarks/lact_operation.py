@@ -18,13 +18,13 @@ from absl import app, flags
 from benchmarks import common
 from lact_jax.flops import count_flops
 from lact_jax.ops import fast_weights as fw
-from lact_jax.ops import kernels
-from lact_jax.ops.swiglu_kernels import choose_backend
+from lact_jax.ops import swiglu_kernels
+from lact_jax.ops.kernels import CHOICES, choose_backend
 
 CHUNKS = flags.DEFINE_integer("chunks", 7, "Chunks of the clip.")
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs; the median counts.")
 KEEP_HIDDEN = flags.DEFINE_bool("keep_hidden", True, "Keep hidden activations (scan_chunks).")
-KERNELS = flags.DEFINE_enum("kernels", "auto", kernels.CHOICES, "As model.kernels.")
+KERNELS = flags.DEFINE_enum("kernels", "auto", CHOICES, "As model.kernels.")
 MUON = flags.DEFINE_bool("muon", False, "Orthogonalise the updates.")
 TORCH = flags.DEFINE_bool("torch", False, "Run the plain PyTorch form, compiled, beside it.")
 SMALL = flags.DEFINE_bool("small", False, "Tiny shapes, to see that the script runs.")
@@ -57,7 +57,8 @@ def random_inputs(sizes: dict, chunks: int, dtype):
 def operation(inputs, rule: fw.UpdateRule, *, kernels: str, keep_hidden: bool = False):
     """Outputs of the first chunk's queries, and of both streams behind the updates."""
     initial, updates, (first, streams) = inputs
-    backend = choose_backend(kernels, first.dtype, initial.w1_BMEH.shape[-1])
+    fits = swiglu_kernels.fits(initial.w1_BMEH.shape[-1])
+    backend = choose_backend(kernels, first.dtype, fits)
     o_first = fw.read(initial, first, backend=backend)
     _, o_streams = fw.scan_chunks(
         initial,

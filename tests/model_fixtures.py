@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from lact_jax.models.dit import DiTConfig, abstract_params, bind
 from lact_jax.models.gla import GLAConfig
@@ -57,6 +58,10 @@ def tiny(*lact_options: dict, **changes) -> DiTConfig:
     return DiTConfig(**{**sizes, "lact": sets, **changes})
 
 
+# The smallest sizes that the Triton kernels take.
+FITS_KERNELS = tiny(
+    {"fw_head_dim": 128}, dim=256, ffn_dim=256, num_heads=8, kernels="interpret", remat="selective"
+)
 MODELS = {name: tiny(options) for name, options in LACT_OPTIONS.items()} | {
     "two sets cycled": tiny({"momentum": True}, {"kv_cache_size": 5, "qkv_silu": True}),
     "position embedding": tiny(position_embedding=True),
@@ -162,16 +167,17 @@ def compiled(config: DiTConfig) -> SimpleNamespace:
     )
 
 
-def dot_generals(jaxpr) -> list:
-    """Every dot_general in a jaxpr and all it calls."""
+def equations(jaxpr, name: str) -> list:
+    """Every equation of that primitive in a jaxpr and all it calls."""
     found = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == name:
             found.append(equation)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found += dot_generals(inner)
+        for inner in jaxprs_in_params(equation.params):
+            found += equations(inner, name)
     return found
+
+
+def kernels_of(jaxpr) -> set[str]:
+    """The names of the kernels in it."""
+    return {equation.params["name"] for equation in equations(jaxpr, "pallas_call")}

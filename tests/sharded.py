@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from model_fixtures import CHANNELS, random_params, tiny
+from model_fixtures import CHANNELS, FITS_KERNELS, random_params, tiny
 from run_fixtures import script_env, tiny_config
 
 from lact_jax.checkpoint import Checkpointer
@@ -71,6 +71,7 @@ LAYERS = {
         {"kv_cache_size": 20}, num_layers=1, mixer="window", remat="attention",
         position_embedding=True,
     ),
+    "kernels": replace(FITS_KERNELS, num_layers=1),
 }  # fmt: skip
 LAYER_MESHES = [(2, 1, 4), (1, 2, 4)]
 # A chunk of 12 tokens and two heads: over four devices heads don't divide.

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from model_fixtures import dot_generals
+from model_fixtures import equations
 
 from lact_jax.config import Config, TrainConfig
 from lact_jax.models.dit import DiTConfig
@@ -49,7 +49,7 @@ def step_matmuls(mixer: str, dtype: str) -> list:
     empty = jax.ShapeDtypeStruct(text.shape[1:], jnp.float32)
     with tracing("cuda"):
         program = jax.make_jaxpr(make_train_step(config))(state, latent, text, empty)
-    operands = [[v.aval for v in e.invars[:2]] for e in dot_generals(program.jaxpr)]
+    operands = [[v.aval for v in e.invars[:2]] for e in equations(program.jaxpr, "dot_general")]
     return [([x.shape for x in pair], [x.dtype for x in pair]) for pair in operands]
 
 

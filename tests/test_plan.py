@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +191,10 @@ def test_fused_attention_of_any_number_of_queries_has_gradients(queries):
         return attend(q, k, v).astype(jnp.float32).sum()
 
     shapes = [jax.ShapeDtypeStruct((1, n, 2, 128), jnp.bfloat16) for n in (queries, 512, 512)]
-    with virtual.tracing("cuda"):
+    card = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H200", core_count=132, compute_capability="9.0"
+    )
+    with virtual.building_for(card):
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*shapes)
     assert [x.shape for x in jaxpr.out_avals] == [x.shape for x in shapes]
     # Two matmuls forward, five backward, on an even number of queries.

@@ -18,9 +18,9 @@ from lact_jax.models.lact import LaCT
 from lact_jax.models.layers import MLP, NormParams, RMSNorm, gelu_tanh, linear
 from lact_jax.models.mixer import attend_chunks
 from lact_jax.models.window import WindowAttention
-from lact_jax.ops import kernels
+from lact_jax.ops import kernels, norm_kernels
 from lact_jax.ops.feed_forward import feed_forward, fits
-from lact_jax.ops.norm_kernels import add_norm, choose_backend, layer_norm
+from lact_jax.ops.norm_kernels import add_norm, layer_norm
 
 # Mixer name -> module; mixer.py says what a mixer is.
 MIXERS = {
@@ -78,11 +78,12 @@ class FeedForward(MLP):
         self.kernels, self.fits = config.kernels, fits(config.ffn_dim)
 
     def __call__(self, x_BCSD: jax.Array) -> jax.Array:
-        if not (self.fits and kernels.wanted(self.kernels, x_BCSD.dtype)):
+        backend = kernels.choose_backend(self.kernels, x_BCSD.dtype, self.fits)
+        if backend == "xla":
             return super().__call__(x_BCSD)
         w1, w2 = (fc.kernel[...].astype(x_BCSD.dtype) for fc in (self.fc1, self.fc2))
         flat_TD = x_BCSD.reshape(-1, x_BCSD.shape[-1])
-        y_TD = feed_forward(flat_TD, w1, self.fc1.bias[...], w2)
+        y_TD = feed_forward(flat_TD, w1, self.fc1.bias[...], w2, backend == "interpret")
         return (y_TD + self.fc2.bias[...].astype(y_TD.dtype)).reshape(x_BCSD.shape)
 
 
@@ -101,7 +102,8 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, rngs=rngs)
 
     def _add_norm(self, x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD):
-        backend = choose_backend(self.kernels, self.dtype, x_BCSD.shape[-1])
+        fits = norm_kernels.fits(x_BCSD.shape[-1])
+        backend = kernels.choose_backend(self.kernels, self.dtype, fits)
         return add_norm(
             x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD,
             eps=self.eps, dtype=self.dtype, backend=backend,

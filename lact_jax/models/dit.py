@@ -47,7 +47,8 @@ class DiTConfig:
         model that trains from scratch is slow to learn from.
       remat: 'none', or a key of REMAT_POLICIES.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
-      kernels: 'auto' for Triton kernels where the device takes them, 'xla' for never (ops/kernels).
+      kernels: 'auto' for Triton kernels where the device takes them, 'xla' for never, 'interpret'
+        to run them on any device, slowly (ops/kernels).
     """
 
     dim: int = 1536

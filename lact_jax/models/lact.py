@@ -27,14 +27,13 @@ from lact_jax.models.mixer import (
     window_parts,
 )
 from lact_jax.ops import fast_weights as fw
-from lact_jax.ops import kernels, merge_kernels
+from lact_jax.ops import kernels, merge_kernels, qk_kernels, swiglu_kernels
 from lact_jax.ops.merge_kernels import MergeOptions, merge
 from lact_jax.ops.numerics import l2_norm
 from lact_jax.ops.parallel import mean_over_tokens
-from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
+from lact_jax.ops.qk_kernels import QKOptions, window_and_fast
 from lact_jax.ops.rope import apply_rope
 from lact_jax.ops.sequence import SequenceLayout
-from lact_jax.ops.swiglu_kernels import choose_backend
 
 L2_EPS = 1e-5
 
@@ -222,10 +221,14 @@ class LaCT(QKVO):
         """
         column = "qk".index(name)
         project, norm = getattr(self, name), getattr(self, f"norm_{name}")
-        if self._qk_kernel_takes(x_BCSD, (*window, *fast)):
+        backend = self._qk_backend(x_BCSD, (*window, *fast))
+        if backend != "xla":
             z_BCSD = checkpoint_name(without_bias(project, x_BCSD), "qkv")
             vectors = norm.scale[...], self.qk_scale[...][:, column], self.qk_offset[...][:, column]
-            options = QKOptions(self.num_fw_heads, self.eps, L2_EPS, _ends(window), _ends(fast))
+            options = QKOptions(
+                self.num_fw_heads, self.eps, L2_EPS, _ends(window), _ends(fast),
+                interpret=backend == "interpret",
+            )  # fmt: skip
             return window_and_fast(z_BCSD, project.bias[...], rotation_CSP2, *vectors, options)
         y_BCSNK = self.heads(norm(checkpoint_name(project(x_BCSD), "qkv")))
         return (
@@ -233,15 +236,15 @@ class LaCT(QKVO):
             tuple(self._fast_qk(y_BCSNK[:, part], rotation_CSP2[part], column) for part in fast),
         )
 
-    def _qk_kernel_takes(self, x_BCSD: jax.Array, ranges: tuple[slice, ...]) -> bool:
-        """Whether ops/qk_kernels computes these chunks with these options, on this device."""
-        return (
+    def _qk_backend(self, x_BCSD: jax.Array, ranges: tuple[slice, ...]) -> str:
+        """How to compute these chunks with these options: by ops/qk_kernels but for 'xla'."""
+        fits = (
             self.config.qk_l2_norm
             and not self.config.qkv_silu
             and all(part.start < part.stop for part in ranges)
-            and fits(self.num_heads, self.head_dim, self.num_fw_heads)
-            and kernels.wanted(self.kernels, x_BCSD.dtype)
+            and qk_kernels.fits(self.num_heads, self.head_dim, self.num_fw_heads)
         )
+        return kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
 
     def _merge_sequence(self, x_BCSD, o_fast, o_window, layout):
         """`_merge` of a sequence's outputs, and their statistics.
@@ -253,10 +256,13 @@ class LaCT(QKVO):
           layout: the sequence's.
         """
         fast, window = (layout.first, layout.clean, layout.later), window_parts(layout)
-        if self._merge_kernel_takes(x_BCSD, layout):
+        backend = self._merge_backend(x_BCSD, layout)
+        if backend != "xla":
             gate_BCS1 = jnp.broadcast_to(self._gate(x_BCSD), (*x_BCSD.shape[:3], 1))
             o_window = tuple(rearrange(x, "b c s n k -> b c s (n k)") for x in o_window)
-            options = MergeOptions(self.eps, _ends(fast), _ends(window))
+            options = MergeOptions(
+                self.eps, _ends(fast), _ends(window), interpret=backend == "interpret"
+            )
             y_BCSD, *norms = merge(
                 o_fast, o_window, gate_BCS1, self.output_norm.scale[...], options
             )
@@ -271,14 +277,14 @@ class LaCT(QKVO):
         stats = dict(zip(("tttx_norm", "window_x_norm"), norms, strict=True))
         return y_BCSD, stats | {"gate_mean": gate_mean, "y_norm": mean_norm(y_BCSD)}
 
-    def _merge_kernel_takes(self, x_BCSD: jax.Array, layout: SequenceLayout) -> bool:
-        """Whether ops/merge_kernels computes this with these options, on this device."""
-        return (
+    def _merge_backend(self, x_BCSD: jax.Array, layout: SequenceLayout) -> str:
+        """How to merge with these options: by ops/merge_kernels but for 'xla'."""
+        fits = (
             self.config.o_norm
             and layout.num_clean > 0
             and merge_kernels.fits(self.num_fw_heads, x_BCSD.shape[-1] // self.num_fw_heads)
-            and kernels.wanted(self.kernels, x_BCSD.dtype)
         )
+        return kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
 
     def _fast_sequence(self, x_BCSD, q_fast, k_BCMSE, v_BCSNK, layout):
         """What the fast weights give every chunk, and the statistics of REFERENCE.md 4.
@@ -308,7 +314,8 @@ class LaCT(QKVO):
         q_first, q_clean, q_later = q_fast
         q_first = rearrange(q_first, "b r m s e -> b m (r s) e")
         q_later = rearrange(q_later, "b (w r) m s e -> w b m (r s) e", r=repeat)
-        backend = choose_backend(self.kernels, x_BCSD.dtype, self.w1.shape[-1])
+        fits = swiglu_kernels.fits(self.w1.shape[-1])
+        backend = kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
         o_first = fw.read(initial, q_first, backend=backend)
         state, (o_clean, o_later) = fw.scan_chunks(
             initial, chunks, (by_chunk(q_clean), q_later), self.config.rule, backend=backend

@@ -3,34 +3,15 @@
 Letters: B batch, S query tokens, T key tokens, N heads, K head width.
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lact_jax.ops.numerics import matmul_precision
+from lact_jax.ops.target import target_device
 
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 CUDNN_MAX_HEAD_DIM = 256
-_TARGET: ContextVar[str | None] = ContextVar("target platform", default=None)
-
-
-@contextlib.contextmanager
-def tracing_for(platform: str) -> Iterator[None]:
-    """What is traced meanwhile is to be compiled for `platform`, whatever runs here."""
-    before = _TARGET.set(platform)
-    try:
-        yield
-    finally:
-        _TARGET.reset(before)
-
-
-def target_platform() -> str | None:
-    """What `tracing_for` names, None outside of it."""
-    return _TARGET.get()
 
 
 def choose_backend(platform: str, dtype, head_dim: int) -> str:
@@ -45,8 +26,7 @@ def choose_backend(platform: str, dtype, head_dim: int) -> str:
 
 def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
-    platform = target_platform() or jax.default_backend()
-    backend = choose_backend(platform, q_BSNK.dtype, q_BSNK.shape[-1])
+    backend = choose_backend(target_device().platform, q_BSNK.dtype, q_BSNK.shape[-1])
     exact = matmul_precision(q_BSNK.dtype) is not None
     queries = q_BSNK.shape[1]
     if backend == "cudnn" and queries % 2:

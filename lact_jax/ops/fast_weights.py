@@ -355,7 +355,7 @@ def scan_chunks(
         pass computes every chunk again from its inputs and the weights before it, which is the
         better choice where the layer around it is rematerialised.
       backend: one of BACKENDS for the elementwise passes between matmuls, see
-        `swiglu_kernels.choose_backend`; 'interpret' runs the kernels on any device, slowly.
+        `kernels.choose_backend`.
 
     Returns:
       The final state and one output (C, B, M, T, E) for each stream.

@@ -3,26 +3,28 @@
 import jax
 import jax.numpy as jnp
 
-from lact_jax.ops.attention import target_platform
+from lact_jax.ops.target import target_device
 
-CHOICES = ("auto", "xla")
+CHOICES = ("auto", "xla", "interpret")
 MIN_CAPABILITY = 8.0  # of an NVIDIA card: Ampere
 
 
-def wanted(choice: str, dtype) -> bool:
-    """Whether a computation in `dtype` is to use the kernels.
-
-    They take bfloat16 on the card that this process has; a float32 computation, another kind of
-    device, and a program for a device that is not there are left to XLA.
+def choose_backend(choice: str, dtype, fits: bool) -> str:
+    """How an operation that has a kernel is computed: 'triton', 'interpret' or 'xla'.
 
     Args:
-      choice: one of CHOICES, 'xla' for never.
+      choice: one of CHOICES: 'auto' for Triton on the cards that take it, in bfloat16; 'xla' for
+        plain JAX; 'interpret' for the kernels run as plain JAX, on any device, slowly.
       dtype: of the matmuls around the kernel.
+      fits: whether the kernel takes these sizes and options; what does not fit is left to XLA.
     """
-    if choice == "xla" or jnp.dtype(dtype) != jnp.bfloat16 or target_platform() is not None:
-        return False
-    device = jax.devices()[0]
-    return device.platform == "gpu" and capability(device) >= MIN_CAPABILITY
+    if not fits or choice == "xla":
+        return "xla"
+    if choice == "interpret":
+        return "interpret"
+    device = target_device()
+    takes = device.platform == "gpu" and capability(device) >= MIN_CAPABILITY
+    return "triton" if takes and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
 
 
 def capability(device: jax.Device) -> float:

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lact_jax.ops import kernels
-
 # Rows that one program runs over, one at a time. The backward pass writes one sum a program: with
 # 40 these are 4 % of its bytes, and 4680 tokens are 117 programs a chunk.
 ROWS = 40
@@ -33,16 +31,10 @@ MAX_WIDTH = 16 * WARP_THREADS * ROW_PER_THREAD
 _each = jax.tree.map
 
 
-def choose_backend(choice: str, dtype, width: int) -> str:
-    """'triton' where the kernels take the call and gain by it, else 'xla'.
-
-    Args:
-      choice: `config.kernels`, see `kernels.wanted`.
-      dtype: of h.
-      width: D. Loads of 16 bytes need rows that begin at multiples of them.
-    """
-    fits = MIN_WIDTH <= width <= MAX_WIDTH and width % 8 == 0
-    return "triton" if fits and kernels.wanted(choice, dtype) else "xla"
+def fits(width: int) -> bool:
+    """Whether the kernels take rows of this width D and gain by it: loads of 16 bytes need rows
+    that begin at multiples of them."""
+    return MIN_WIDTH <= width <= MAX_WIDTH and width % 8 == 0
 
 
 def add_norm(
@@ -66,7 +58,7 @@ def add_norm(
         of these and of the gate may be 1: one for all.
       eps: added to the variance.
       dtype: of h.
-      backend: 'triton' or 'xla'; see `choose_backend`.
+      backend: one of BACKENDS, see `kernels.choose_backend`.
 
     Returns:
       x + gate * y in float32 (x itself where y is None), and h (B, C, S, D) in `dtype`. LayerNorm
@@ -133,12 +125,16 @@ class KernelOptions:
     interpret: bool = False
 
 
-def _fused(x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD, eps, dtype):
-    options = KernelOptions(float(eps), jnp.dtype(dtype))
+def _fused(x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD, eps, dtype, *, interpret):
+    options = KernelOptions(float(eps), jnp.dtype(dtype), interpret=interpret)
     return add_norm_kernel(x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD, options)
 
 
-BACKENDS = {"triton": _fused, "xla": _plain}
+BACKENDS = {
+    "triton": partial(_fused, interpret=False),
+    "interpret": partial(_fused, interpret=True),
+    "xla": _plain,
+}
 
 
 def add_norm_kernel(x_BCSD, y_BCSD, gate_BCD, scale_BCD, shift_BCD, options: KernelOptions):

@@ -19,8 +19,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lact_jax.ops import kernels
-
 # A thread holds 8 numbers of each array, a load of 16 bytes. With 16 it would need registers that
 # leave fewer threads to wait for memory: the gradients of gradients hold six arrays.
 _ROWS, _COLUMNS, _WARPS = 8, 256, 8
@@ -28,17 +26,6 @@ _ROWS, _COLUMNS, _WARPS = 8, 256, 8
 # Arrays that hold both halves, as gu does. A block has the same columns of each.
 _PAIRS = ("gu", "dgu", "to_gu")
 _HALVES = np.arange(2, dtype=np.int32)  # the interpreter takes no Python numbers as indices
-
-
-def choose_backend(choice: str, dtype, hidden: int) -> str:
-    """'triton' where the kernels take the call, else 'xla'.
-
-    Args:
-      choice: `config.kernels`, see `kernels.wanted`.
-      dtype: of the matmuls.
-      hidden: H.
-    """
-    return "triton" if fits(hidden) and kernels.wanted(choice, dtype) else "xla"
 
 
 def fits(hidden: int) -> bool:

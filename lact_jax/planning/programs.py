@@ -208,16 +208,16 @@ JOBS: dict[str, Callable[[Config, Mesh], list[Program]]] = {
 
 def trace(program: Program, mesh: Mesh) -> Any:
     """The program traced for its mesh: a `jax.stages.Traced`."""
-    platform = mesh.devices.flat[0].platform
-    with virtual.tracing(platform):
+    with virtual.building_for(mesh.devices.flat[0]):
         return jax.jit(on_mesh(mesh, program.function), **program.jit).trace(*program.arguments)
 
 
 def compile_for(traced: Any, mesh: Mesh) -> Any:
     """A traced program compiled for the devices of its mesh."""
-    platform = mesh.devices.flat[0].platform
-    platform = "cuda" if platform == "gpu" else platform
-    lowered = traced.lower(lowering_platforms=(platform,))
+    device = mesh.devices.flat[0]
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    with virtual.building_for(device):
+        lowered = traced.lower(lowering_platforms=(platform,))
     return lowered.compile(compiler_options=virtual.compiler_options(platform))
 
 

@@ -19,8 +19,9 @@ from unittest import mock
 import jax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from lact_jax.ops.attention import tracing_for
+from lact_jax.ops.target import tracing_for
 from lact_jax.planning.cards import GPUS_PER_NODE, Card
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -98,9 +99,18 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
 
 
 @contextlib.contextmanager
-def tracing(platform: str) -> Iterator[None]:
-    """What is traced meanwhile is for `platform`, with cuDNN's attention where that is CUDA."""
-    with tracing_for(platform), mock.patch.object(
-        cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION
-    ):
+def building_for(device: jax.Device) -> Iterator[None]:
+    """What is traced and lowered meanwhile is for such devices: on a GPU with cuDNN's attention,
+    and with the Triton kernels that the card takes."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing_for(device))
+        if device.platform == "gpu":
+            version = mock.patch.object(
+                cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION
+            )
+            stack.enter_context(version)
+            # Kernels are lowered for the device of the mesh; models see that it cuts nothing.
+            card = AbstractDevice(device.device_kind, device.core_count, device.platform)
+            mesh = AbstractMesh((), (), abstract_device=card)
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
         yield

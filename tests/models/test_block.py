@@ -1,6 +1,4 @@
-"""Cross-attention by chunk is that of all tokens at once, and kernels give what layers give."""
-
-from dataclasses import replace
+"""Cross-attention by chunk is that of all tokens at once."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +8,10 @@ from einops import rearrange
 from flax import nnx
 from numpy_twins import relative_error
 
-from lact_jax.models import block
 from lact_jax.models.block import CrossAttention, copy_for_chunks
 from lact_jax.models.dit import DiTConfig
 from lact_jax.models.lact import LaCTConfig
 from lact_jax.ops.attention import attend
-from lact_jax.ops.feed_forward import feed_forward
-from lact_jax.ops.norm_kernels import KernelOptions, add_norm_kernel
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -77,66 +72,3 @@ def test_gradients_of_the_text_are_added_in_float32():
     (total,) = transpose(copies)
     assert total.dtype == jnp.bfloat16
     assert np.all(np.asarray(total, np.float32) == 300)
-
-
-@pytest.mark.usefixtures("float32_matmuls")
-def test_feed_forward_by_kernels_is_the_plain_one_under_remat_too(monkeypatch):
-    config = DiTConfig(dim=D, ffn_dim=256, num_heads=HEADS, lact=(LaCTConfig(fw_head_dim=D),))
-    config = replace(config, dtype="float32")
-    graph, params = nnx.split(block.FeedForward(config, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(2)
-    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
-    x, dy = (jnp.asarray(rng.standard_normal((B, C, S, D)), jnp.float32) for _ in range(2))
-
-    def outputs():
-        layer = jax.checkpoint(lambda params, x: nnx.merge(graph, params)(x))
-        y, transpose = jax.vjp(layer, params, x)
-        return jax.tree.leaves((y, transpose(dy)))
-
-    plain = outputs()
-    monkeypatch.setattr(block.kernels, "wanted", lambda *_: True)
-    monkeypatch.setattr(block, "feed_forward", lambda *args: feed_forward(*args, True))
-    for mine, want in zip(outputs(), plain, strict=True):
-        assert mine.dtype == want.dtype
-        assert relative_error(mine, want) < 2e-6
-
-
-@pytest.mark.usefixtures("float32_matmuls")
-def test_a_block_whose_norms_are_kernels_is_the_plain_one(monkeypatch):
-    lact = LaCTConfig(fw_head_dim=D)
-    config = DiTConfig(dim=D, ffn_dim=24, num_heads=HEADS, lact=(lact,), dtype="float32")
-    graph, params = nnx.split(block.Block(config, ("window", lact), rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(3)
-    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
-    x, e0, text, dx = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for shape in ((B, C, S, D), (B, C, 6, D), (B, L, D), (B, C, S, D))
-    )
-
-    def mix(mixer, y):
-        return mixer.o(jnp.tanh(mixer.q(y))), None
-
-    def outputs():
-        def apply(params, x, e0, text):
-            layer = nnx.merge(graph, params)
-            return layer(x, e0, layer.cross_attn.text_kv(text), mix)[0]
-
-        y, transpose = jax.vjp(jax.jit(apply), params, x, e0, text)
-        return jax.tree.leaves((y, transpose(dx)))
-
-    plain = outputs()
-    calls = []
-
-    def interpreted(*args, eps, dtype, backend):
-        calls.append(backend)
-        return add_norm_kernel(*args, KernelOptions(eps, jnp.dtype(dtype), interpret=True))
-
-    monkeypatch.setattr(block, "add_norm", interpreted)
-    kernels = outputs()
-    assert calls == ["xla"] * 3  # what this device takes by itself
-    for mine, want in zip(kernels, plain, strict=True):
-        assert mine.shape == want.shape and mine.dtype == want.dtype
-        if np.linalg.norm(want) > 1e-4:
-            assert relative_error(mine, want) < 1e-5
-        else:  # a bias of keys moves all scores of a query alike
-            assert np.linalg.norm(mine) < 1e-4

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import (
+    FITS_KERNELS,
     FRAMES,
     MODELS,
     NUM_CHUNKS,
     TEXT_LEN,
     compiled,
+    kernels_of,
     lact,
     random_inputs,
     random_params,
@@ -195,7 +198,7 @@ def test_scan_over_layers_is_a_loop_over_blocks(name):
     config = TWO_STACKS[name]
     x = random_inputs(2, 1)
     scanned, stats = run_sequence(config, x)
-    plain = jax.jit(lambda params, x: unstacked_sequence(config, params, type_of_x(**x)))
+    plain = jax.jit(lambda params, x: unstacked_sequence(config, params, SimpleNamespace(**x)))
     looped, by_layer = plain(random_params(config), vars(x))
     assert relative_error(scanned, looped) < 1e-5
     assert all(value.shape == (config.num_layers,) for value in stats.values())
@@ -207,22 +210,30 @@ def test_scan_over_layers_is_a_loop_over_blocks(name):
                 np.testing.assert_allclose(values[i], by_layer[i][name], rtol=1e-5)
 
 
-type_of_x = type(random_inputs(1, 1))
+def sequence_loss(config):
+    """A loss of the parameters, on random inputs."""
+    x = random_inputs(1, 1)
+
+    def loss(params):
+        out, _ = compiled(config).sequence_raw(params, x.clean, x.noise, x.timestep, x.text)
+        return jnp.mean(jnp.square(out - x.noise))
+
+    return loss
 
 
 @functools.cache
 def loss_and_gradients(config):
-    x = random_inputs(1, 1)
+    run = jax.jit(jax.value_and_grad(sequence_loss(config)))
+    return run(random_params(replace(config, remat="none", kernels="xla")))
 
-    @jax.jit
-    def run(params):
-        def loss(params):
-            out, _ = compiled(config).sequence_raw(params, x.clean, x.noise, x.timestep, x.text)
-            return jnp.mean(jnp.square(out - x.noise))
 
-        return jax.value_and_grad(loss)(params)
-
-    return run(random_params(replace(config, remat="none")))
+def assert_same_loss_and_gradients(config, other):
+    loss, gradients = loss_and_gradients(config)
+    other_loss, other_gradients = loss_and_gradients(other)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(gradients), strict=True)
+    for path, got, want in zip(paths, jax.tree.leaves(other_gradients), leaves, strict=True):
+        assert relative_error(got, want) < 1e-5, path
 
 
 REMATS = [("default", remat) for remat in ("full", "attention", "selective", "dots")]
@@ -231,34 +242,33 @@ REMATS += [(name, "full") for name in ("full attention", "window alone", "gated 
 
 @pytest.mark.parametrize(("name", "remat"), REMATS)
 def test_recomputing_activations_changes_nothing(name, remat):
-    config = MODELS[name]
-    loss, gradients = loss_and_gradients(config)
-    other_loss, other_gradients = loss_and_gradients(replace(config, remat=remat))
-    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(gradients), strict=True)
-    for path, got, want in zip(paths, jax.tree.leaves(other_gradients), leaves, strict=True):
-        assert relative_error(got, want) < 1e-5, path
+    assert_same_loss_and_gradients(MODELS[name], replace(MODELS[name], remat=remat))
 
 
 def test_a_policy_that_keeps_less_computes_more():
-    config, x = MODELS["momentum and muon"], random_inputs(2, 2)
-
-    def loss(remat, params):
-        run = compiled(replace(config, remat=remat)).sequence_raw
-        out, _ = run(params, x.clean, x.noise, x.timestep, x.text)
-        return jnp.mean(jnp.square(out - x.noise))
-
+    config = MODELS["momentum and muon"]
     flops, kept = {}, []
     for remat in FRUGALITY:
-        jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, remat)))(
-            random_params(config)
-        ).jaxpr
+        gradient = jax.grad(sequence_loss(replace(config, remat=remat)))
+        jaxpr = jax.make_jaxpr(gradient)(random_params(config)).jaxpr
         flops[remat] = count_jaxpr_flops(jaxpr)
         kept.append(kept_bytes(jaxpr))
     assert list(flops) == sorted(flops, key=flops.get) and len(set(flops.values())) == len(flops)
     assert kept == sorted(kept, reverse=True)
     # Muon's matmuls are a quarter of all: `dots` keeps their results as well.
     assert flops["dots"] < 1.02 * flops["none"]
+
+
+def test_a_model_of_kernels_is_that_of_plain_passes():
+    gradient = jax.grad(sequence_loss(FITS_KERNELS))
+    found = kernels_of(jax.make_jaxpr(gradient)(random_params(FITS_KERNELS)).jaxpr)
+    assert found == {
+        "add_norm", "add_norm_grad", "biased_gelu", "biased_gelu_grad", "merge_forward",
+        "merge_backward", "qk_forward", "qk_backward", "swiglu_grad", "swiglu_update",
+        "swiglu_update_grad",
+    }  # fmt: skip
+    plain = replace(FITS_KERNELS, kernels="xla", remat="none")
+    assert_same_loss_and_gradients(plain, FITS_KERNELS)
 
 
 def test_bfloat16_stays_near_float32():

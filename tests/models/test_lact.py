@@ -1,6 +1,5 @@
 """The LaCT layer, option by option, against a float64 twin; what it is before training."""
 
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +7,28 @@ import numpy as np
 import pytest
 from flax import nnx
 from mixer_fixtures import make_mixer, random_stream, run_twin
-from model_fixtures import HEAD_DIM, LACT_OPTIONS, TOKENS, identity_fast_weights, lact, tiny
+from model_fixtures import (
+    HEAD_DIM,
+    LACT_OPTIONS,
+    TOKENS,
+    identity_fast_weights,
+    kernels_of,
+    lact,
+    tiny,
+)
 from numpy_twins import LaCTTwin, relative_error
 
-from lact_jax.models import lact as lact_module
 from lact_jax.models.dit import abstract_params
 from lact_jax.models.lact import LaCT, LaCTConfig
 from lact_jax.models.remat import REMAT_POLICIES
-from lact_jax.ops.merge_kernels import MergeOptions
-from lact_jax.ops.qk_kernels import QKOptions
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 DIM, HEADS = tiny().dim, tiny().num_heads
 
 
-def make_layer(dtype="float32", **options):
-    layer = make_mixer(LaCT, tiny(dtype=dtype), lact(**options))
+def make_layer(dtype="float32", kernels="auto", **options):
+    layer = make_mixer(LaCT, tiny(dtype=dtype, kernels=kernels), lact(**options))
     if options.get("w_init") == "identity":
         layer.params = identity_fast_weights(layer.params)
     return layer
@@ -141,40 +145,18 @@ def test_bfloat16_keeps_the_memory_in_float32_and_the_window_in_bfloat16():
     assert relative_error(o, o_full) < 2e-2
 
 
-def use_kernels(monkeypatch):
-    """Interpreted, whatever the device and type; the list that comes back holds their options."""
-    calls = []
-
-    def interpreted(kernel):
-        def call(*args):
-            *arrays, options = args
-            calls.append(options)
-            return kernel(*arrays, replace(options, interpret=True))
-
-        return call
-
-    monkeypatch.setattr(lact_module.kernels, "wanted", lambda *_: True)
-    for name in ("window_and_fast", "merge"):
-        monkeypatch.setattr(lact_module, name, interpreted(getattr(lact_module, name)))
-    return calls
-
-
-@pytest.mark.parametrize("options", [{}, {"learnable_ttt_scale": False, "ttt_scale": 0.5}])
-def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch, options):
+def test_sequence_by_kernels_is_the_plain_one_with_a_constant_gate_and_remat():
     stream = random_stream(2, 2, DIM)
 
-    def outputs():
-        layer = make_layer(**options)  # its functions are compiled anew
+    def outputs(kernels):
+        layer = make_layer(kernels=kernels, learnable_ttt_scale=False, ttt_scale=0.5)
         run = jax.checkpoint(
             lambda params: layer.sequence(params, *stream), policy=REMAT_POLICIES["selective"]
         )
         y, transpose = jax.vjp(run, layer.params)
         return y, transpose(jax.tree.map(jnp.cos, y))[0]
 
-    want = outputs()
-    calls = use_kernels(monkeypatch)
-    got = outputs()
-    assert {QKOptions, MergeOptions} == set(map(type, calls))
+    want, got = outputs("xla"), outputs("interpret")
     for mine, plain in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert mine.dtype == plain.dtype
         if np.linalg.norm(plain) > 1e-4:
@@ -185,14 +167,13 @@ def test_sequence_by_kernels_is_the_plain_one_under_remat_too(monkeypatch, optio
 
 @pytest.mark.parametrize(
     ("options", "taken"),
-    [({"momentum": True}, {QKOptions, MergeOptions}), ({"qkv_silu": True}, {MergeOptions}),
-     ({"qk_l2_norm": False}, {MergeOptions}), ({"o_norm": False}, {QKOptions})],
+    [({"momentum": True}, {"qk_forward", "merge_forward"}), ({"qkv_silu": True}, {"merge_forward"}),
+     ({"qk_l2_norm": False}, {"merge_forward"}), ({"o_norm": False}, {"qk_forward"})],
 )  # fmt: skip
-def test_kernels_leave_other_options_to_the_plain_form(monkeypatch, options, taken):
-    calls = use_kernels(monkeypatch)
-    layer = make_layer(**options)
-    jax.eval_shape(layer.sequence, layer.params, *random_stream(1, 1, DIM))
-    assert set(map(type, calls)) == taken
+def test_kernels_leave_other_options_to_the_plain_form(options, taken):
+    layer = make_layer(kernels="interpret", **options)
+    program = jax.make_jaxpr(layer.sequence)(layer.params, *random_stream(1, 1, DIM))
+    assert kernels_of(program.jaxpr) == taken
 
 
 @pytest.mark.parametrize(

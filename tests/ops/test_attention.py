@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import dot_generals
+from model_fixtures import equations
 from numpy_twins import attention, relative_error
 
 from lact_jax.ops.attention import attend, choose_backend
@@ -52,7 +52,7 @@ def test_bfloat16_attention_takes_its_softmax_in_float32():
 def test_float32_attention_is_exact_on_any_accelerator():
     qkv = random_qkv(np.random.default_rng(2))
     grad = jax.grad(lambda *args: jnp.sum(attend(*args) ** 2), argnums=(0, 1, 2))
-    products = dot_generals(jax.make_jaxpr(grad)(*qkv).jaxpr)
+    products = equations(jax.make_jaxpr(grad)(*qkv).jaxpr, "dot_general")
     assert len(products) >= 6
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     for equation in products:

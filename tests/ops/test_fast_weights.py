@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_twins as twins
 import pytest
-from model_fixtures import dot_generals
+from model_fixtures import equations
 from numpy_twins import relative_error
 
 from lact_jax.ops import fast_weights as fw
@@ -219,7 +219,7 @@ def test_keeping_hidden_activations_spares_their_matmuls_and_keeps_them_in_bfloa
         cotangents = tuple(jnp.ones_like(q) for q in arguments[2])
         residuals = [x for x in jax.tree.leaves(transpose) if x.shape[-1] in (H, 2 * H)]
         hidden = [x for x in residuals if x.shape[-2] in (S, 64)]
-        return len(dot_generals(jax.make_jaxpr(transpose)(cotangents).jaxpr)), hidden
+        return len(equations(jax.make_jaxpr(transpose)(cotangents).jaxpr, "dot_general")), hidden
 
     (again, none), (kept, hidden) = run(False), run(True)
     # Two products of the hidden width and three outer ones to update, one product to read.
@@ -259,7 +259,7 @@ def types(equation):
 def test_bfloat16_multiplies_no_float32_matrices_in_either_direction():
     rule, _, args = bfloat16_case()
     grad = jax.grad(functools.partial(loss_of_sequence, rule), argnums=(0, 1, 2), has_aux=True)
-    products = dot_generals(jax.make_jaxpr(grad)(*args).jaxpr)
+    products = equations(jax.make_jaxpr(grad)(*args).jaxpr, "dot_general")
     assert len(products) > 20
     for equation in products:
         assert all(dtype == jnp.bfloat16 for dtype in types(equation)[:2]), equation
@@ -269,7 +269,7 @@ def test_bfloat16_sums_of_the_update_accumulate_in_float32():
     _, _, (initial, chunks, _) = bfloat16_case()
     chunk = jax.tree.map(lambda x: x[0], chunks)
     step = fw.gradient(initial, chunk)
-    products = dot_generals(jax.make_jaxpr(fw.gradient)(initial, chunk).jaxpr)
+    products = equations(jax.make_jaxpr(fw.gradient)(initial, chunk).jaxpr, "dot_general")
     over_tokens = [e for e in products if sorted(e.outvars[0].aval.shape[-2:]) == [E, H]]
     assert len(over_tokens) == 3
     assert all(types(e)[2] == jnp.float32 for e in over_tokens)
@@ -296,5 +296,5 @@ def test_float32_products_are_exact_on_any_accelerator():
     rule = fw.UpdateRule(momentum=True, muon=True)
     grad = jax.grad(functools.partial(loss_of_sequence, rule), argnums=(0, 1), has_aux=True)
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-    for equation in dot_generals(jax.make_jaxpr(grad)(*args).jaxpr):
+    for equation in equations(jax.make_jaxpr(grad)(*args).jaxpr, "dot_general"):
         assert equation.params["precision"] == highest, equation

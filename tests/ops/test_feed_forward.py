@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_fixtures import equations
 
-from lact_jax.flops import jaxprs_in_params
 from lact_jax.models.layers import MLP, gelu_tanh
 from lact_jax.ops.feed_forward import feed_forward
 
@@ -50,16 +50,6 @@ def test_frozen_weights_leave_the_other_gradients_as_they_are():
     np.testing.assert_array_equal(gradient(dy)[0], of_all(dy)[0])
 
 
-def results_of_kernels(jaxpr):
-    """How many results of the hidden width each kernel of a jaxpr has, in order."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield sum(out.aval.shape == (45, HIDDEN) for out in equation.outvars)
-            continue
-        for inner in jaxprs_in_params(equation.params):
-            yield from results_of_kernels(inner)
-
-
 @pytest.mark.parametrize("trained,results", [(1, 1), (4, 2)])  # x alone, the weights too
 def test_backward_computes_activations_again_for_trained_weights_only(trained, results):
     _, args, dy = case(45)
@@ -68,7 +58,8 @@ def test_backward_computes_activations_again_for_trained_weights_only(trained, r
         return jnp.vdot(feed_forward(*some, *args[trained:], True), dy)
 
     gradient = jax.grad(jax.checkpoint(loss), tuple(range(trained)))
-    *before, last = results_of_kernels(jax.make_jaxpr(gradient)(*args[:trained]).jaxpr)
+    kernels = equations(jax.make_jaxpr(gradient)(*args[:trained]).jaxpr, "pallas_call")
+    *before, last = (sum(x.aval.shape == (45, HIDDEN) for x in e.outvars) for e in kernels)
     assert set(before) == {1} and last == results
 
 

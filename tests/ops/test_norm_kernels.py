@@ -9,8 +9,7 @@ import pytest
 from jax import sharding
 from numpy_twins import relative_error
 
-from lact_jax.ops import kernels, norm_kernels
-from lact_jax.ops.norm_kernels import KernelOptions, add_norm, add_norm_kernel
+from lact_jax.ops.norm_kernels import KernelOptions, add_norm, add_norm_kernel, fits
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -155,31 +154,15 @@ def test_kernels_lower_for_cuda_to_one_call_each_way(width):
     assert text.count("xla.gpu.triton") == 2
 
 
-@pytest.mark.parametrize(
-    ("wanted", "width", "backend"),
-    [
-        (True, 1536, "triton"),
-        (True, 5120, "triton"),
-        (True, 8192, "triton"),
-        (True, 8200, "xla"),
-        (True, 1540, "xla"),
-        (True, 128, "xla"),
-        (False, 1536, "xla"),
-    ],
-)
-def test_kernels_are_chosen_where_they_are_wanted_and_the_width_fits(
-    monkeypatch, wanted, width, backend
-):
-    asked = []
-    monkeypatch.setattr(kernels, "wanted", lambda *call: asked.append(call) or wanted)
-    assert norm_kernels.choose_backend("auto", jnp.bfloat16, width) == backend
-    assert all(call == ("auto", jnp.bfloat16) for call in asked)
+def test_kernels_take_rows_that_fill_a_program_and_fit_its_registers():
+    assert all(map(fits, (1536, 5120, 8192)))
+    assert not any(map(fits, (8200, 1540, 128)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "cuda"}, "backend is 'cuda', not one of triton, xla"),
+        ({"backend": "cuda"}, "backend is 'cuda', not one of triton, interpret, xla"),
         ({"x": jnp.zeros((2, 3, 4), jnp.float32)}, "the residual stream is float32"),
         ({"x": jnp.zeros((B, C, S, D), jnp.bfloat16)}, "the residual stream is bfloat16"),
         ({"y": None}, "a gate without the y"),
