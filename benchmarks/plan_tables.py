@@ -48,15 +48,17 @@ class Case:
 
 
 SMALL, LARGE = "ar_chunk3f", "ar_chunk3f_14b"
-# GB at the peak on one H200 at commit ac5d43c (benchmarks/results), and a plan of the program that
-# ran then: its step, compiled as plans are.
+# GB at the peak of a step on one H200 at commit 3027014 (benchmarks/results).
 MEASURED = {
-    Case(SMALL, "attn_only", 81, (1, 1, 1)): (42.66, 42.83),
-    Case(SMALL, "all", 81, (1, 1, 1)): (63.6, 63.75),
-    Case(SMALL, "attn_only", 81, (1, 1, 1), job="sample"): (14.6, None),
+    Case(SMALL, "attn_only", 81, (1, 1, 1), "selective"): 71.66,
+    Case(SMALL, "all", 81, (1, 1, 1), "selective"): 98.43,
 }
 CASES = [
     *MEASURED,
+    Case(SMALL, "attn_only", 81, (1, 1, 1)),
+    Case(SMALL, "attn_only", 81, (1, 1, 1), "dots"),
+    Case(SMALL, "all", 81, (1, 1, 1)),
+    Case(SMALL, "attn_only", 81, (1, 1, 1), job="sample"),
     Case(LARGE, "all", 81, (1, 8, 1)),
     Case(LARGE, "all", 165, (1, 8, 1)),
     Case(LARGE, "all", 165, (1, 4, 2)),
@@ -105,7 +107,7 @@ def summary(plans: dict[Case, dict], job: str) -> str:
     """One row a plan of this job, by model, frames and GPUs."""
     rows = []
     for case, plan in sorted(plans.items(), key=lambda item: (
-        item[0].config, item[0].frames, item[0].gpus, item[0].mesh, item[0].trainable
+        item[0].config, item[0].frames, item[0].gpus, item[0].mesh, item[0].trainable, item[0].remat
     )):  # fmt: skip
         if case.job != job:
             continue
@@ -116,7 +118,7 @@ def summary(plans: dict[Case, dict], job: str) -> str:
         ]
         rows.append((
             "14B" if case.config == LARGE else "1.3B",
-            *([case.trainable] if job == "train" else []),
+            *([case.trainable, case.remat] if job == "train" else []),
             str(case.frames), str(case.gpus), ",".join(map(str, case.mesh)), str(plan["clips"]),
             tables.gigabytes(sum(first["state"].values())),
             *([tables.gigabytes(first["kept"])] if job == "train" else []),
@@ -124,10 +126,11 @@ def summary(plans: dict[Case, dict], job: str) -> str:
             *(tables.milliseconds(seconds) for seconds in limits),
             f"{plan['seconds_per_clip']:.2f}",
         ))  # fmt: skip
+    train = job == "train"
     header = (
-        "model", *(["trained"] if job == "train" else []), "frames", "GPUs", "data,fsdp,seq",
-        "clips", "state GB", *(["kept GB"] if job == "train" else []), "peak GB", "fits",
-        "compute ms", "memory ms", "communication ms", "s a clip" if job == "train" else "s",
+        "model", *(["trained", "remat"] if train else []), "frames", "GPUs", "data,fsdp,seq",
+        "clips", "state GB", *(["kept GB"] if train else []), "peak GB", "fits", "compute ms",
+        "memory ms", "communication ms", "s a clip" if train else "s",
     )  # fmt: skip
     return tables.table(header, rows)
 
@@ -136,21 +139,20 @@ def comparison(plans: dict[Case, dict]) -> str:
     """Planned beside measured."""
     rows = []
     for case in MEASURED.keys() & plans.keys():
-        measured, then = MEASURED[case]
-        what = "sampling" if case.job == "sample" else f"step, {case.trainable}"
+        measured, planned = MEASURED[case], plans[case]["peak"]
         rows.append((
-            what, f"{measured:.2f}", f"{then:.2f}" if then else "",
-            f"{then / measured - 1:+.1%}" if then else "", tables.gigabytes(plans[case]["peak"]),
+            f"{case.trainable}, {case.remat}", f"{measured:.2f}", tables.gigabytes(planned),
+            f"{planned / 1e9 / measured - 1:+.1%}",
         ))  # fmt: skip
-    header = "1.3B, 81 frames, one H200, GB", "measured then", "planned then", "", "planned now"
+    header = "step of 1.3B, 81 frames, one H200, GB", "measured", "planned", ""
     return tables.table(header, sorted(rows))
 
 
 PAGE = """# Planned runs
 
 Made by `python -m benchmarks.plan_tables` with JAX {jax}, without a GPU: the run's own programs,
-compiled for so many H200s (`python -m lact_jax.plan` makes such plans for any config). Remat
-"full", bf16, one clip for each of data x fsdp. "State" is what a device holds between steps
+compiled for so many H200s (`python -m lact_jax.plan` makes such plans for any config). bf16, one
+clip for each of data x fsdp. "State" is what a device holds between steps
 (parameters, moving average and Adam's moments in float32, batch); "kept" is what layers keep for
 the backward pass; times are lower bounds.
 
@@ -168,8 +170,7 @@ One prompt with guidance: a denoise step of the last chunk and a commit together
 
 ## Planned beside measured
 
-"Then" is commit ac5d43c, whose step kept more. What was measured of sampling is the benchmark's
-loop, which does not give the old cache away at a commit.
+Measured with JAX 0.11.2 at commit 3027014, whose program is the one that is planned here.
 
 {comparison}
 

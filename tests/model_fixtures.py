@@ -58,6 +58,10 @@ def tiny(*lact_options: dict, **changes) -> DiTConfig:
     return DiTConfig(**{**sizes, "lact": sets, **changes})
 
 
+# What JAX says of a card.
+CARD = SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA H200", core_count=132, compute_capability="9.0"
+)
 # The smallest sizes that the Triton kernels take.
 FITS_KERNELS = tiny(
     {"fw_head_dim": 128}, dim=256, ffn_dim=256, num_heads=8, kernels="interpret", remat="selective"

@@ -9,12 +9,12 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_fixtures import CARD, equations
 from run_fixtures import ROOT, quickly_compiled, script_env, tiny_config
 
 from lact_jax.flops import count_jaxpr_flops
@@ -185,21 +185,21 @@ def test_kept_is_what_layers_stack_for_the_backward_pass():
     assert kept_bytes(many) == 5 * 7 * 4
 
 
-@pytest.mark.parametrize("queries", [584, 585])
-def test_fused_attention_of_any_number_of_queries_has_gradients(queries):
+@pytest.mark.parametrize(("queries", "keys"), [(584, 512), (585, 512), (584, 511)])
+def test_fused_attention_of_any_length_has_gradients(queries, keys):
     def loss(q, k, v):
         return attend(q, k, v).astype(jnp.float32).sum()
 
-    shapes = [jax.ShapeDtypeStruct((1, n, 2, 128), jnp.bfloat16) for n in (queries, 512, 512)]
-    card = SimpleNamespace(
-        platform="gpu", device_kind="NVIDIA H200", core_count=132, compute_capability="9.0"
-    )
-    with virtual.building_for(card):
+    shapes = [jax.ShapeDtypeStruct((1, n, 2, 128), jnp.bfloat16) for n in (queries, keys, keys)]
+    with virtual.building_for(CARD):
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*shapes)
     assert [x.shape for x in jaxpr.out_avals] == [x.shape for x in shapes]
-    # Two matmuls forward, five backward, on an even number of queries.
+    # Two matmuls forward, five backward, on even numbers of queries and keys.
     even = queries + queries % 2
     assert count_jaxpr_flops(jaxpr.jaxpr) == 7 * 2 * 2 * even * 512 * 128
+    # A key that was added is left out.
+    (forward,) = equations(jaxpr.jaxpr, "dot_product_attention_fwd_wrapper")
+    assert (str(forward.params["mask_type"]) == "MaskType.PADDING") == bool(keys % 2)
 
 
 def test_a_batch_is_planned_with_as_many_clips_as_its_mesh_can_share():

@@ -28,12 +28,21 @@ def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array
     """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
     backend = choose_backend(target_device().platform, q_BSNK.dtype, q_BSNK.shape[-1])
     exact = matmul_precision(q_BSNK.dtype) is not None
-    queries = q_BSNK.shape[1]
-    if backend == "cudnn" and queries % 2:
-        # JAX refuses to differentiate cuDNN's attention of an odd length. One query more changes
-        # nothing for the others.
-        q_BSNK = jnp.pad(q_BSNK, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    queries, keys = q_BSNK.shape[1], k_BTNK.shape[1]
+    key_lengths_B = None
+    if backend == "cudnn":
+        # JAX refuses to differentiate cuDNN's attention of odd lengths. One query more changes
+        # nothing for the others; one key more has to be left out.
+        q_BSNK, k_BTNK, v_BTNK = map(_padded_to_even, (q_BSNK, k_BTNK, v_BTNK))
+        if keys % 2:
+            key_lengths_B = jnp.full(q_BSNK.shape[0], keys, jnp.int32)
     with jax.default_matmul_precision("highest" if exact else "default"):
-        o_BSNK = jax.nn.dot_product_attention(q_BSNK, k_BTNK, v_BTNK, implementation=backend)
+        o_BSNK = jax.nn.dot_product_attention(
+            q_BSNK, k_BTNK, v_BTNK, key_value_seq_lengths=key_lengths_B, implementation=backend
+        )
     # cuDNN's output is saved by its primitive, with what its backward pass needs.
     return o_BSNK[:, :queries] if backend == "cudnn" else checkpoint_name(o_BSNK, "attention")
+
+
+def _padded_to_even(x_BSNK: jax.Array) -> jax.Array:
+    return jnp.pad(x_BSNK, ((0, 0), (0, x_BSNK.shape[1] % 2), (0, 0), (0, 0)))

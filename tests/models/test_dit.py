@@ -1,6 +1,7 @@
 """The whole model: what is cached, scanned, stacked or recomputed equals its plain form."""
 
 import functools
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import (
+    CARD,
     FITS_KERNELS,
     FRAMES,
     MODELS,
@@ -32,6 +34,7 @@ from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout, frame_positions, pack, unpack_noise
 from lact_jax.planning.measure import kept_bytes
 from lact_jax.planning.search import FRUGALITY
+from lact_jax.planning.virtual import building_for
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -259,16 +262,29 @@ def test_a_policy_that_keeps_less_computes_more():
     assert flops["dots"] < 1.02 * flops["none"]
 
 
+KERNELS = {
+    "add_norm", "add_norm_grad", "biased_gelu", "biased_gelu_grad", "merge_forward",
+    "merge_backward", "qk_forward", "qk_backward", "swiglu_grad", "swiglu_update",
+    "swiglu_update_grad",
+}  # fmt: skip
+
+
 def test_a_model_of_kernels_is_that_of_plain_passes():
     gradient = jax.grad(sequence_loss(FITS_KERNELS))
-    found = kernels_of(jax.make_jaxpr(gradient)(random_params(FITS_KERNELS)).jaxpr)
-    assert found == {
-        "add_norm", "add_norm_grad", "biased_gelu", "biased_gelu_grad", "merge_forward",
-        "merge_backward", "qk_forward", "qk_backward", "swiglu_grad", "swiglu_update",
-        "swiglu_update_grad",
-    }  # fmt: skip
+    assert kernels_of(jax.make_jaxpr(gradient)(random_params(FITS_KERNELS)).jaxpr) == KERNELS
     plain = replace(FITS_KERNELS, kernels="xla", remat="none")
     assert_same_loss_and_gradients(plain, FITS_KERNELS)
+
+
+def test_a_model_for_a_card_takes_all_kernels_there():
+    config = replace(FITS_KERNELS, kernels="auto", dtype="bfloat16")
+    gradient = jax.jit(jax.grad(sequence_loss(config)))
+    assert not kernels_of(jax.make_jaxpr(gradient)(random_params(config)).jaxpr)  # here
+    with building_for(CARD):
+        traced = jax.jit(jax.grad(sequence_loss(config))).trace(random_params(config))
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'xla\.gpu\.triton.*?name = "(\w+)"', program)
+    assert set(calls) == kernels_of(traced.jaxpr.jaxpr) == KERNELS
 
 
 def test_bfloat16_stays_near_float32():
