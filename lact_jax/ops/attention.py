@@ -45,4 +45,5 @@ def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array
 
 
 def _padded_to_even(x_BSNK: jax.Array) -> jax.Array:
-    return jnp.pad(x_BSNK, ((0, 0), (0, x_BSNK.shape[1] % 2), (0, 0), (0, 0)))
+    odd = x_BSNK.shape[1] % 2
+    return jnp.pad(x_BSNK, ((0, 0), (0, 1), (0, 0), (0, 0))) if odd else x_BSNK
