@@ -7,6 +7,7 @@ import pytest
 from model_fixtures import equations
 from numpy_twins import attention, relative_error
 
+from lact_jax.ops import attention as attention_module
 from lact_jax.ops.attention import attend, choose_backend
 
 
@@ -47,6 +48,29 @@ def test_bfloat16_attention_takes_its_softmax_in_float32():
     out = attend(*qkv)
     assert out.dtype == jnp.bfloat16
     assert relative_error(out, want) < 6e-3
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(5, 8), (6, 9), (5, 9)])
+def test_what_cudnn_is_given_in_place_of_odd_lengths_gives_the_same(monkeypatch, tokens, keys):
+    qkv = random_qkv(np.random.default_rng(3), tokens, keys)
+
+    def results():
+        o, transpose = jax.vjp(attend, *qkv)
+        return o, *transpose(jnp.cos(o))
+
+    want, lengths = results(), []
+
+    def by_xla(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        lengths.append((q.shape[1], k.shape[1]))
+        return dot_product_attention(q, k, v, implementation="xla", **options)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(attention_module, "choose_backend", lambda *_: "cudnn")
+    for got, expected in zip(results(), want, strict=True):
+        assert relative_error(got, expected) < 2e-6
+    assert lengths == [(6, keys + keys % 2)]
 
 
 def test_float32_attention_is_exact_on_any_accelerator():
