@@ -122,8 +122,8 @@ def biased_gelu_grad(
 def feed_forward(x_TD, w1_DH, bias_H, w2_HD, interpret=False):
     """gelu(x w1 + bias) w2, the second bias left out: (T, D).
 
-    The backward pass computes the activations again only where w2 has a gradient to be computed
-    from them, which it has not where it is frozen.
+    The backward pass computes the gradients of w1 and w2, and for the latter the activations
+    again, only where they are asked for, which they are not where the weights are frozen.
 
     Args:
       x_TD, w1_DH, w2_HD: of one dtype, in which the matmuls run.
@@ -141,7 +141,8 @@ def _feed_forward_fwd(x, w1, bias, w2, interpret):
     x_TD, w1_DH, bias_H, w2_HD = (primal.value for primal in (x, w1, bias, w2))
     z_TH = x_TD @ w1_DH
     y_TD = biased_gelu(z_TH, bias_H, interpret=interpret) @ w2_HD
-    return y_TD, (x_TD, z_TH, w1_DH, bias_H, w2_HD, _IsTrained() if w2.perturbed else None)
+    input_of_w1 = x_TD if w1.perturbed else None
+    return y_TD, (input_of_w1, z_TH, w1_DH, bias_H, w2_HD, _IsTrained() if w2.perturbed else None)
 
 
 def _feed_forward_bwd(interpret, residuals, dy_TD):
@@ -149,8 +150,9 @@ def _feed_forward_bwd(interpret, residuals, dy_TD):
     dz_TH, dbias_H, *a_TH = biased_gelu_grad(
         z_TH, bias_H, dy_TD @ w2_HD.T, with_value=trained is not None, interpret=interpret
     )
+    dw1_DH = None if x_TD is None else x_TD.T @ dz_TH
     dw2_HD = a_TH[0].T @ dy_TD if a_TH else None
-    return dz_TH @ w1_DH.T, x_TD.T @ dz_TH, dbias_H, dw2_HD
+    return dz_TH @ w1_DH.T, dw1_DH, dbias_H, dw2_HD
 
 
 feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd, symbolic_zeros=True)

@@ -50,17 +50,21 @@ def test_frozen_weights_leave_the_other_gradients_as_they_are():
     np.testing.assert_array_equal(gradient(dy)[0], of_all(dy)[0])
 
 
-@pytest.mark.parametrize("trained,results", [(1, 1), (4, 2)])  # x alone, the weights too
-def test_backward_computes_activations_again_for_trained_weights_only(trained, results):
+# x alone, the weights too
+@pytest.mark.parametrize(("trained", "results", "matrices"), [(1, 1, 0), (4, 2, 2)])
+def test_backward_computes_what_trained_weights_need_for_them_only(trained, results, matrices):
     _, args, dy = case(45)
 
     def loss(*some):
         return jnp.vdot(feed_forward(*some, *args[trained:], True), dy)
 
     gradient = jax.grad(jax.checkpoint(loss), tuple(range(trained)))
-    kernels = equations(jax.make_jaxpr(gradient)(*args[:trained]).jaxpr, "pallas_call")
+    program = jax.make_jaxpr(gradient)(*args[:trained]).jaxpr
+    kernels = equations(program, "pallas_call")
     *before, last = (sum(x.aval.shape == (45, HIDDEN) for x in e.outvars) for e in kernels)
     assert set(before) == {1} and last == results
+    shapes = [e.outvars[0].aval.shape for e in equations(program, "dot_general")]
+    assert shapes.count((WIDTH, HIDDEN)) + shapes.count((HIDDEN, WIDTH)) == matrices
 
 
 def test_in_bfloat16_the_kernels_stay_near_float32():
