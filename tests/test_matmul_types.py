@@ -8,12 +8,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from model_fixtures import equations
+from model_fixtures import CARD, equations
 
 from lact_jax.config import Config, TrainConfig
 from lact_jax.models.dit import DiTConfig
 from lact_jax.models.lact import LaCTConfig
-from lact_jax.planning.virtual import tracing
+from lact_jax.planning.virtual import building_for
 from lact_jax.train_state import init_state, make_train_step
 
 # No size but those of tokens is a multiple of S or L.
@@ -47,7 +47,7 @@ def step_matmuls(mixer: str, dtype: str) -> list:
     latent = jax.ShapeDtypeStruct((1, 9, *LATENT_HW, 4), jnp.float32)
     text = jax.ShapeDtypeStruct((1, L, model.text_dim), jnp.float32)
     empty = jax.ShapeDtypeStruct(text.shape[1:], jnp.float32)
-    with tracing("cuda"):
+    with building_for(CARD):
         program = jax.make_jaxpr(make_train_step(config))(state, latent, text, empty)
     operands = [[v.aval for v in e.invars[:2]] for e in equations(program.jaxpr, "dot_general")]
     return [([x.shape for x in pair], [x.dtype for x in pair]) for pair in operands]
