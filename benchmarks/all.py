@@ -94,7 +94,8 @@ def run_row(name: str, small: bool) -> dict:
     print(run.stdout, flush=True)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{run.stderr[-2000:]}")
-    return {"row": name, **json.loads(run.stdout.strip().splitlines()[-1])}
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"row": name, "measured": now, **json.loads(run.stdout.strip().splitlines()[-1])}
 
 
 def keep(path: Path, commit: str, note: str, result: dict) -> None:
@@ -103,9 +104,7 @@ def keep(path: Path, commit: str, note: str, result: dict) -> None:
     if kept["commit"] != commit:
         raise ValueError(f"{path} is of commit {kept['commit']}, not {commit}: name another --out")
     runs = [run for run in kept["runs"] if run["row"] != result["row"]]
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    whole = {"commit": commit, "measured": now, "python": platform.python_version(),
-             "note": note, "runs": [*runs, result]}  # fmt: skip
+    whole = {**kept, "python": platform.python_version(), "note": note, "runs": [*runs, result]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=2) + "\n")
 

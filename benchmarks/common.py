@@ -1,5 +1,6 @@
 """What the benchmarks share: timing, memory, versions, and the report."""
 
+import importlib.metadata
 import json
 import statistics
 import time
@@ -45,6 +46,12 @@ def peak_gigabytes() -> float | None:
     return stats["peak_bytes_in_use"] / 1e9 if stats else None
 
 
+def held_gigabytes() -> float | None:
+    """Device memory in use now in GB, None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_in_use"] / 1e9 if stats else None
+
+
 def relative_error(got, want) -> float:
     """‖got − want‖ / ‖want‖ in float64."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -57,12 +64,33 @@ def largest_error(got, want) -> float:
     return max(relative_error(jnp.asarray(a, jnp.float32), b) for a, b in pairs)
 
 
-def measured_matmul_rate(dtype, size: int = 8192) -> float:
-    """FLOP/s of a square matmul on random data; the default size fills a large device."""
+def measured_matmul_rate(dtype, size: int = 8192, warm_seconds: float = 0.5) -> float:
+    """FLOP/s of a square matmul on random data; the default size fills a large device.
+
+    The device runs it for `warm_seconds` before it is timed, so that its clock is what work makes
+    of it. What is timed is a queue of products: the host is not waited for between them.
+    """
     a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
     product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, b))
-    return 2 * size**3 / median_seconds(lambda: product(a, b), 10)
+
+    def queue():
+        return [product(a, b) for _ in range(20)]
+
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm_seconds:
+        jax.block_until_ready(queue())
+    return 20 * 2 * size**3 / median_seconds(queue, 5)
+
+
+def versions() -> dict[str, str]:
+    """The backend, and what of the packages that decide about speed is installed."""
+    names = ("jaxlib", "torch", "nvidia-cudnn", "nvidia-cublas", "nvidia-cuda-nvcc")
+    found = {
+        dist.metadata["Name"]: dist.version
+        for dist in importlib.metadata.distributions()
+        if dist.metadata["Name"].startswith(names)
+    }
+    return {"backend": jax.devices()[0].client.platform_version, **dict(sorted(found.items()))}
 
 
 def report(name: str, rows: dict, json_path: str | None = None) -> None:
@@ -72,6 +100,7 @@ def report(name: str, rows: dict, json_path: str | None = None) -> None:
         "benchmark": name,
         "device": device.device_kind,
         "jax": jax.__version__,
+        "versions": versions(),
         **rows,
     }
     print(f"\n{name} on {device.device_kind}, jax {jax.__version__}")

@@ -43,9 +43,11 @@ def kernel_times(folder: Path) -> dict[tuple[str, str], tuple[float, int]]:
 
 
 def part_of(stack: str) -> str:
-    """The model's part that a name stack lies in, and its pass."""
+    """The model's part that a name stack lies in, and its pass; 'unknown' without a stack."""
+    if not stack:
+        return "unknown"
     part = next((p for p in PARTS if f"/{p}/" in f"{stack}/"), "outside of the parts")
-    again = "again" if "rematted" in stack else "backward" if "transpose" in stack else "forward"
+    again = "again" if "rematted" in stack else "backward" if "transpose(" in stack else "forward"
     return f"{part}, {again}"
 
 
@@ -75,7 +77,10 @@ def main(_):
     for ms, launches, *names in sorted(rows, reverse=True)[: TOP.value]:
         print(f"{ms:8.1f} ms x{launches:5} " + "  ".join(names))
     table = {f"{part}, {kind}": ms for (part, kind), ms in by_part.most_common()}
-    total = {"kernels ms": sum(by_part.values()), "peak GB": common.peak_gigabytes()}
+    by_kind = collections.Counter()
+    for (_, kind), ms in by_part.items():
+        by_kind[f"all parts, {kind}"] += ms
+    total = {**by_kind, "kernels ms": sum(by_part.values()), "peak GB": common.peak_gigabytes()}
     common.report("profile_step", table | total, train_step.JSON.value)
 
 

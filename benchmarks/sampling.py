@@ -5,6 +5,8 @@
 """
 
 import dataclasses
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from ml_collections import config_flags
 from benchmarks import common
 from lact_jax.config import parse
 from lact_jax.diffusion.sampler import chunk_noise, guide
+from lact_jax.flops import count_flops
 from lact_jax.models.dit import bind, init_params
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/ar_chunk3f.py")
@@ -24,20 +27,22 @@ SMALL = flags.DEFINE_bool("small", False, "A toy model, to see that the script r
 JSON = flags.DEFINE_string("json", None, "Also write the result here.")
 
 
-def far_away(denoise, commit, params, text_kv, x, cache, timestep, near_seconds) -> dict:
-    """Time and cache of a denoise step at chunk FAR, over those behind the sampled chunks."""
-    if not FAR.value:
-        return {}
-    near_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    for _ in range(int(cache.num_committed), FAR.value - 1):
-        cache = commit(params, text_kv, x, cache)
-    seconds = common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10)
-    return {
-        f"time at chunk {FAR.value} over here": seconds / near_seconds,
-        f"cache at chunk {FAR.value} over here": sum(
-            leaf.nbytes for leaf in jax.tree.leaves(cache)
-        ) / near_bytes,
-    }  # fmt: skip
+class Place(NamedTuple):
+    """What sampling takes behind so many chunks."""
+
+    denoise: float  # seconds of a guided step
+    chunk: float  # seconds of all its steps
+    cache: int  # bytes
+    held: float | None  # GB in use on the device
+
+
+def growth(near: Place, far: Place) -> dict:
+    """What is measured at chunk FAR, over the same at the last of the sampled chunks."""
+    there = f"at chunk {FAR.value} over here"
+    ratios = {f"time {there}": far.denoise / near.denoise,
+              f"time of a whole chunk {there}": far.chunk / near.chunk,
+              f"cache {there}": far.cache / near.cache}  # fmt: skip
+    return ratios | ({f"memory in use {there}": far.held / near.held} if near.held else {})
 
 
 def main(_):
@@ -67,34 +72,52 @@ def main(_):
     cache = jax.jit(lambda p: bind(model, p).init_cache(2))(params)
     schedule = dataclasses.replace(config.sample, steps=STEPS.value).schedule
     solver_step = jax.jit(schedule.solver.step)
+
+    def sample(chunk, cache):
+        state = schedule.solver.init(chunk_noise(0, [0], chunk, shape))
+        for i in range(schedule.steps):
+            timestep = jnp.full((1,), schedule.timesteps[i], jnp.float32)
+            velocity = denoise(params, text_kv, state.x, timestep, cache)
+            state = solver_step(state, velocity, schedule.coefficients_at(i))
+        return state.x
+
+    def place(chunk, x, cache):
+        timestep = jnp.full((1,), 500, jnp.float32)
+        return Place(
+            common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10),
+            common.median_seconds(lambda: sample(chunk, cache), 2),
+            sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
+            common.held_gigabytes(),
+        )
+
     per_chunk, cache_bytes, x = [], [], None
     for chunk in range(CHUNKS.value):
         if x is not None:
             cache = commit(params, text_kv, x, cache)
-
-        def sample(chunk=chunk, cache=cache):
-            state = schedule.solver.init(chunk_noise(0, [0], chunk, shape))
-            for i in range(schedule.steps):
-                timestep = jnp.full((1,), schedule.timesteps[i], jnp.float32)
-                velocity = denoise(params, text_kv, state.x, timestep, cache)
-                state = solver_step(state, velocity, schedule.coefficients_at(i))
-            return state.x
-
-        x, first = common.first_call_seconds(sample)
-        per_chunk.append(first if chunk > 1 else common.median_seconds(sample, 1))
+        x, first = common.first_call_seconds(partial(sample, chunk, cache))
+        again = partial(common.median_seconds, partial(sample, chunk, cache), 1)
+        per_chunk.append(first if chunk > 1 else again())
         cache_bytes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(cache)))
-    timestep = jnp.full((1,), 500, jnp.float32)
-    step = common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10)
+    near = place(chunk, x, cache)
     commit_seconds = common.median_seconds(lambda: commit(params, text_kv, x, cache), 5)
     whole = sum(per_chunk) + (CHUNKS.value - 1) * commit_seconds
-    result = far_away(denoise, commit, params, text_kv, x, cache, timestep, step)
+    flops = count_flops(denoise, params, text_kv, x, jnp.zeros(1, jnp.float32), cache)
+    rate = common.measured_matmul_rate(model.dtype, 256 if SMALL.value else 8192)
+    result = {}
+    if FAR.value:
+        for _ in range(int(cache.num_committed), FAR.value - 1):
+            cache = commit(params, text_kv, x, cache)
+        result = growth(near, place(FAR.value - 1, x, cache))
     common.report(
         "sampling",
         {
             "chunk latent": str(shape),
             "chunks": CHUNKS.value,
             "steps a chunk": STEPS.value,
-            "ms per guided denoise step": 1e3 * step,
+            "TFLOP per guided denoise step": flops / 1e12,
+            "ms per guided denoise step": 1e3 * near.denoise,
+            "matmul TFLOP/s": rate / 1e12,
+            "share of the matmul rate": flops / near.denoise / rate,
             "ms per commit": 1e3 * commit_seconds,
             "seconds per chunk": str([round(s, 3) for s in per_chunk]),
             "cache GB per chunk": str([round(b / 1e9, 3) for b in cache_bytes]),

@@ -62,6 +62,7 @@ def _per_call(run: dict, what: str) -> str:
 
 
 _RATE, _STEP = "share of the matmul rate", "train_step --config.model.remat"
+_NOT_KEPT = "keep_hidden=False"
 _FAR = "sampling --steps=50 --far=120"
 
 LINES = (
@@ -76,9 +77,12 @@ LINES = (
     Line("a LaCT block, forward and backward", "layer", _operation, "", "layer", _RATE),
     Line("LaCT operation, forward and backward", "lact_operation", _operation,
          "55 %", "lact_operation --torch", _RATE, ("torch ms", 1, "{:.1f} ms")),
+    Line("the same computed again as in a step, hidden activations not kept", "lact_operation",
+         lambda run: f"{run[f'{_NOT_KEPT}, forward and backward ms']:.1f} ms", "",
+         "lact_operation --torch", f"{_NOT_KEPT}, {_RATE}"),
     Line("window attention, forward and backward", "window_attention", _operation,
          "60 %", "window_attention --torch", _RATE, ("torch ms", 1, "{:.1f} ms")),
-    Line("guided denoise step of a chunk", "sampling", _chunk, "100 ms", _FAR),
+    Line("guided denoise step of a chunk", "sampling", _chunk, "100 ms", _FAR, _RATE),
     Line("committing a chunk", "sampling", lambda run: f"{run['ms per commit']:.0f} ms",
          "", _FAR),
     Line("81 frames: 7 chunks, 50 guided steps each", "sampling",
@@ -97,15 +101,18 @@ LINES = (
 
 
 def newest(folder: Path) -> dict[str, tuple[str, dict]]:
-    """Row -> (commit, result) of its newest measurement on DEVICE in a folder of results."""
-    files = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    files = sorted((each for each in files if "measured" in each), key=lambda x: x["measured"])
-    return {
-        run["row"]: (each["commit"], run)
-        for each in files
+    """Row -> (commit, result) of its newest measurement on DEVICE in a folder of results.
+
+    A result says when it was measured, or its file does for all of them.
+    """
+    found = [
+        (run.get("measured", each.get("measured", "")), each["commit"], run)
+        for each in map(json.loads, map(Path.read_text, folder.glob("*.json")))
         for run in each["runs"]
         if run["device"] == DEVICE
-    }
+    ]
+    found = sorted((what for what in found if what[0]), key=lambda what: what[0])
+    return {run["row"]: (commit, run) for _, commit, run in found}
 
 
 def make(folder: Path) -> str:

@@ -42,12 +42,11 @@ class Step:
         # The head starts at zero, and with it every gradient behind it.
         params["head"]["head"]["kernel"] = params["patch_embedding"]["kernel"].T
         self.state = jax.jit(lambda p: init_state(config, p), donate_argnums=0)(params)
-        jitted = jax.jit(make_train_step(config), donate_argnums=0)
-        self._compile = jitted.lower(self.state, *self._inputs).compile
+        self._step = jax.jit(make_train_step(config), donate_argnums=0)
 
     def compile(self):
-        """Compiles the step; returns the compiled program."""
-        self._compiled = self._compile()
+        """Traces and compiles the step; returns the compiled program."""
+        self._compiled = self._step.lower(self.state, *self._inputs).compile()
         return self._compiled
 
     def advance(self) -> dict:

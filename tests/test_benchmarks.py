@@ -77,7 +77,9 @@ ERRORS = ["forward error of bfloat16", "gradient error of bfloat16"]
         ("vae_convolutions", [], []),
         ("loader", ["--batches=3", "--steps=2"], ["raw clips/s", "cached share of waiting"]),
         ("sampling", ["--chunks=3", "--steps=1", "--far=9"],
-         ["ms per guided denoise step", "ms per commit", "time at chunk 9 over here"]),
+         ["TFLOP per guided denoise step", "ms per guided denoise step", "ms per commit",
+          "time at chunk 9 over here", "time of a whole chunk at chunk 9 over here"]),
+        ("profile_step", [], ["kernels ms"]),
     ],
 )  # fmt: skip
 def test_small_form(run, name, arguments, positive):
@@ -101,6 +103,7 @@ def test_one_command_runs_a_row_and_keeps_its_result(tmp_path):
     assert (kept["commit"], kept["note"]) == ("abc1234", "tiny")
     assert kept["runs"][0] == other
     assert kept["runs"][1]["row"] == kept["runs"][1]["benchmark"] == "window_attention"
+    assert kept["runs"][1]["measured"] > "2026" and "jaxlib" in kept["runs"][1]["versions"]
 
 
 def test_a_row_that_is_run_again_takes_its_old_place_but_not_another_commits(tmp_path):
@@ -126,8 +129,10 @@ def write_results(folder, name, measured, *runs):
 def test_the_newest_measurement_of_a_row_counts(tmp_path):
     step = {"row": "train_all", "device": "NVIDIA H200", "seconds per step": 3.0, "peak GB": 60.0}
     text = {"row": "umt5", "device": "NVIDIA H200", "seconds": 0.016, "torch seconds": 0.042}
-    write_results(tmp_path, "bbb", "2030-01-02T00:00:00Z", step | {"seconds per step": 2.0})
-    write_results(tmp_path, "aaa", "2030-01-01T00:00:00Z", step, text)
+    write_results(tmp_path, "bbb", "2030-01-02T00:00:00Z", step | {"seconds per step": 2.0},
+                  text | {"seconds": 0.017})  # fmt: skip
+    again = text | {"measured": "2030-01-03T00:00:00Z"}
+    write_results(tmp_path, "aaa", "2030-01-01T00:00:00Z", step, again)
     write_results(tmp_path, "ccc", "2030-01-03T00:00:00Z", step | {"device": "cpu"})
     _, _, first, second = table.make(tmp_path).splitlines()
     assert "2.00 s, 60.0 GB" in first and "`bbb`" in first

@@ -21,6 +21,7 @@ from lact_jax.models.mixer import (
     attend_and_keep,
     attend_with_past,
     mean_norm,
+    regroup_heads,
     window_attention,
 )
 from lact_jax.ops import gated_linear
@@ -95,7 +96,7 @@ class GatedLinearAttention(QKVO):
 
     def _regroup(self, x_SNK: jax.Array) -> jax.Array:
         """(..., S, N, K) to heads of the state (..., M, S, E)."""
-        return jnp.swapaxes(x_SNK.reshape(*x_SNK.shape[:-2], self.num_state_heads, -1), -3, -2)
+        return regroup_heads(x_SNK, self.num_state_heads)
 
     def _state_qk(self, x_CSNK: jax.Array, rotation_CSP2: jax.Array, column: int) -> jax.Array:
         """q (column 0) or k (column 1) of the state, from q or k before RoPE: (..., C, M, S, E)."""

@@ -23,6 +23,7 @@ from lact_jax.models.mixer import (
     attend_and_keep,
     attend_with_past,
     mean_norm,
+    regroup_heads,
     window_attention_parts,
     window_parts,
 )
@@ -139,8 +140,7 @@ class LaCT(QKVO):
 
     def _regroup(self, x: jax.Array) -> jax.Array:
         """(..., S, N, K) to fast-weight heads (..., M, S, E)."""
-        merged = x.reshape(*x.shape[:-2], self.num_fw_heads, -1)
-        return jnp.swapaxes(merged, -3, -2)
+        return regroup_heads(x, self.num_fw_heads)
 
     def _activate(self, x: jax.Array, use_l2: bool) -> jax.Array:
         """SiLU and L2 norm of fast q, k or v (..., M, S, E), in the configured order."""

@@ -80,6 +80,12 @@ def attend_chunks(q_BCSNK: jax.Array, k_BCTNK: jax.Array, v_BCTNK: jax.Array) ->
     return attend(*flat).reshape(q_BCSNK.shape)
 
 
+def regroup_heads(x_SNK: jax.Array, heads: int) -> jax.Array:
+    """(..., S, N, K) as M other heads: (..., M, S, E) with M E = N K. There may be no chunks."""
+    width = x_SNK.shape[-2] * x_SNK.shape[-1] // heads
+    return jnp.swapaxes(x_SNK.reshape(*x_SNK.shape[:-2], heads, width), -3, -2)
+
+
 def mean_norm(x: jax.Array) -> jax.Array:
     """Mean L2 norm over the last axis, without a gradient: a float32 scalar, for `stats`."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)

@@ -8,25 +8,27 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lact_jax.ops.numerics import matmul_precision
-from lact_jax.ops.target import target_device
+from lact_jax.ops.target import capability, target_device
 
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
-CUDNN_MAX_HEAD_DIM = 256
+# Compute capability of a card -> widest head.
+CUDNN_MAX_HEAD_DIM = {8.0: 128, 9.0: 256}
 
 
-def choose_backend(platform: str, dtype, head_dim: int) -> str:
+def choose_backend(device: jax.Device, dtype, head_dim: int) -> str:
     """'cudnn' where cuDNN's fused kernel takes the call, else 'xla'.
 
-    cuDNN takes only 16-bit types and head widths that are multiples of 8 up to 256, and raises
-    rather than falls back.
+    cuDNN takes only 16-bit types, NVIDIA cards from Ampere on, and head widths that are multiples
+    of 8 up to a largest one, and raises rather than falls back.
     """
-    fits = dtype in CUDNN_DTYPES and head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
-    return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
+    widths = [n for least, n in CUDNN_MAX_HEAD_DIM.items() if capability(device) >= least]
+    fits = dtype in CUDNN_DTYPES and head_dim % 8 == 0 and head_dim <= max(widths, default=0)
+    return "cudnn" if fits else "xla"
 
 
 def attend(q_BSNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v for every head: (B, S, N, K), the softmax in float32."""
-    backend = choose_backend(target_device().platform, q_BSNK.dtype, q_BSNK.shape[-1])
+    backend = choose_backend(target_device(), q_BSNK.dtype, q_BSNK.shape[-1])
     exact = matmul_precision(q_BSNK.dtype) is not None
     queries, keys = q_BSNK.shape[1], k_BTNK.shape[1]
     key_lengths_B = None

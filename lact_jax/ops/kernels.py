@@ -1,9 +1,8 @@
 """When the hand-written Triton kernels take the place of plain JAX."""
 
-import jax
 import jax.numpy as jnp
 
-from lact_jax.ops.target import target_device
+from lact_jax.ops.target import capability, target_device
 
 CHOICES = ("auto", "xla", "interpret")
 MIN_CAPABILITY = 8.0  # of an NVIDIA card: Ampere
@@ -22,12 +21,5 @@ def choose_backend(choice: str, dtype, fits: bool) -> str:
         return "xla"
     if choice == "interpret":
         return "interpret"
-    device = target_device()
-    takes = device.platform == "gpu" and capability(device) >= MIN_CAPABILITY
+    takes = capability(target_device()) >= MIN_CAPABILITY
     return "triton" if takes and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
-
-
-def capability(device: jax.Device) -> float:
-    """The compute capability of a CUDA device; 0 for another."""
-    found = str(getattr(device, "compute_capability", ""))
-    return float(found) if found.replace(".", "", 1).isdigit() else 0.0

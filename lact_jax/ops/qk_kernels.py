@@ -13,7 +13,6 @@ Letters: B batch, C chunks, S tokens of a chunk, D width, N attention heads, K h
 P = K / 2, M fast-weight heads, E their width (ME = NK = D), h as in `qk_tiles`.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -24,7 +23,6 @@ from jax.experimental import pallas as pl
 from lact_jax.ops.chunk_kernels import ChunkRange, call_by_name, exists, load, store, within
 from lact_jax.ops.qk_tiles import MAX_LANES, Sizes
 
-WARPS = 4
 _VECTORS = "norm_scale", "fast_scale", "fast_offset"
 
 
@@ -55,7 +53,7 @@ def fits(num_heads: int, head_dim: int, fast_heads: int) -> bool:
     if num_heads % fast_heads:
         return False
     sizes = Sizes.of((1, 1, 1, num_heads * head_dim), head_dim, fast_heads)
-    return sizes.pieces * math.prod(sizes.tile) <= MAX_LANES
+    return sizes.lanes <= MAX_LANES
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -143,7 +141,7 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
     out_blocks = blocks | dict.fromkeys(_VECTORS, sizes.sums_block())
     return call_by_name(
         kernel, arrays, out, in_blocks, out_blocks,
-        sizes=sizes, options=options, warps=WARPS, name="qk",
+        sizes=sizes, options=options, warps=sizes.warps, name="qk",
     )  # fmt: skip
 
 

@@ -11,7 +11,12 @@ from jax.experimental import pallas as pl
 
 from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place
 
-MAX_LANES = 8192  # of a token: a thread then has 64 numbers of each array
+WARP_THREADS = 32
+# Of each array a thread holds at most so many numbers of a token. Fewer than 4 warps were slower on
+# an H200 for the 1536 numbers of ar_chunk3f, and 8 too.
+LANES_PER_THREAD = 16
+MIN_WARPS, MAX_WARPS = 4, 16
+MAX_LANES = MAX_WARPS * WARP_THREADS * LANES_PER_THREAD
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,16 @@ class Sizes(TokenRuns):
     def tile(self) -> tuple[int, int, int]:
         """(M, h, K) padded to powers of two."""
         return tuple(map(pl.next_power_of_2, self.piece))
+
+    @property
+    def lanes(self) -> int:
+        """Numbers of a token, padding included."""
+        return self.pieces * math.prod(self.tile)
+
+    @property
+    def warps(self) -> int:
+        needed = pl.next_power_of_2(pl.cdiv(self.lanes, WARP_THREADS * LANES_PER_THREAD))
+        return max(needed, MIN_WARPS)
 
     # Shapes.
 

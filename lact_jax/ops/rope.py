@@ -49,7 +49,7 @@ def rope_rotations(frame_CF: jax.Array, height: int, width: int, head_dim: int) 
 
 def apply_rope(x: jax.Array, rotation_CSP2: jax.Array) -> jax.Array:
     """Rotates the interleaved pairs (x[2i], x[2i+1]) of (..., C, S, N, K) by `rope_rotations`."""
-    pair = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pair = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pair[..., 0], pair[..., 1]
     cos, sin = (rotation_CSP2[:, :, None, :, i] for i in range(2))
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

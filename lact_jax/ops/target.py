@@ -22,3 +22,10 @@ def tracing_for(device: jax.Device) -> Iterator[None]:
 def target_device() -> jax.Device:
     """What `tracing_for` names; outside of it the first device of this process."""
     return _TARGET.get() or jax.devices()[0]
+
+
+def capability(device: jax.Device) -> float:
+    """The compute capability of a CUDA device; 0 for another."""
+    found = str(getattr(device, "compute_capability", ""))
+    is_cuda = device.platform == "gpu" and found.replace(".", "", 1).isdigit()
+    return float(found) if is_cuda else 0.0

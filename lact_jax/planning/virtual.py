@@ -2,9 +2,9 @@
 
 The CUDA plugin compiles for a card by its description. Three things that it would look for on a
 machine with a card are replaced here, none of which changes what is planned: cuDNN (only its
-version is asked for while tracing), ptxas (nothing that it makes is ever run), and autotuning,
-which has no card to measure on: matmuls are left to cuBLAS, which it mostly chooses for large
-ones, and whose workspaces are counted.
+version and the card's capability are asked for while tracing), ptxas (nothing that it makes is
+ever run), and autotuning, which has no card to measure on: matmuls are left to cuBLAS, which it
+mostly chooses for large ones, and whose workspaces are counted.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from lact_jax.ops.target import tracing_for
+from lact_jax.ops.target import capability, tracing_for
 from lact_jax.planning.cards import GPUS_PER_NODE, Card
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -105,10 +105,11 @@ def building_for(device: jax.Device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracing_for(device))
         if device.platform == "gpu":
-            version = mock.patch.object(
-                cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION
-            )
-            stack.enter_context(version)
+            answers = {
+                "check_cudnn_version": lambda: CUDNN_VERSION,
+                "check_compute_capability": lambda least: capability(device) >= float(least),
+            }
+            stack.enter_context(mock.patch.multiple(cudnn_attention, **answers))
             # Kernels are lowered for the device of the mesh; models see that it cuts nothing.
             card = AbstractDevice(device.device_kind, device.core_count, device.platform)
             mesh = AbstractMesh((), (), abstract_device=card)

@@ -3,6 +3,7 @@
 import functools
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -99,6 +100,26 @@ def test_cached_prediction_of_one_sample_is_the_teacher_forced_one_in_a_batch(na
         cached, forgetful = cached_predictions(config, sample_of(x, b))
         assert relative_error(cached[0], taught[b]) < 1e-5
         assert relative_error(forgetful[0, :, 1:], taught[b, :, 1:]) > 1e-2
+
+
+ONE_CHUNK = {name: MODELS[name] for name in ("momentum and muon", "full attention", "gated linear")}
+
+
+@pytest.mark.parametrize("config", [*ONE_CHUNK.values(), FITS_KERNELS], ids=[*ONE_CHUNK, "kernels"])
+def test_a_video_may_be_one_chunk(config):
+    x, params, run = random_inputs(2, 2, chunks=1), random_params(config), compiled(config)
+    text_kv, cache = run.text_kv(params, x.text), run.init_cache(params, 2)
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def taught(params):
+        out, _ = run.sequence_raw(params, x.clean, x.noise, x.timestep, x.text)
+        return jnp.mean(jnp.square(out)), out
+
+    (_, out), gradients = jax.jit(taught)(params)
+    for r in range(2):
+        alone = run.denoise(params, x.noise[:, r, 0], x.timestep[:, r, 0], text_kv, cache)
+        assert relative_error(out[:, r, 0], alone) < 1e-5
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
 
 def test_a_sample_does_not_feel_the_others():

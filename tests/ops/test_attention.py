@@ -1,5 +1,7 @@
 """Attention against a loop over heads, and the table that chooses its backend."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,23 +13,33 @@ from lact_jax.ops import attention as attention_module
 from lact_jax.ops.attention import attend, choose_backend
 
 
+def card(capability):
+    return SimpleNamespace(platform="gpu", compute_capability=capability)
+
+
+CPU, TPU = (SimpleNamespace(platform=name) for name in ("cpu", "tpu"))
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "head_dim", "backend"),
+    ("device", "dtype", "head_dim", "backend"),
     [
-        ("gpu", jnp.bfloat16, 128, "cudnn"),
-        ("cuda", jnp.bfloat16, 128, "cudnn"),
-        ("gpu", jnp.float16, 64, "cudnn"),
-        ("gpu", jnp.dtype("bfloat16"), 256, "cudnn"),
-        ("gpu", jnp.bfloat16, 264, "xla"),
-        ("gpu", jnp.bfloat16, 12, "xla"),
-        ("gpu", jnp.float32, 128, "xla"),
-        ("cpu", jnp.bfloat16, 128, "xla"),
-        ("tpu", jnp.bfloat16, 128, "xla"),
-        ("rocm", jnp.bfloat16, 128, "xla"),
+        (card("9.0"), jnp.bfloat16, 128, "cudnn"),
+        (card("9.0"), jnp.float16, 64, "cudnn"),
+        (card("9.0"), jnp.dtype("bfloat16"), 256, "cudnn"),
+        (card("10.0"), jnp.bfloat16, 256, "cudnn"),
+        (card("8.0"), jnp.bfloat16, 128, "cudnn"),
+        (card("8.6"), jnp.bfloat16, 136, "xla"),
+        (card("7.0"), jnp.bfloat16, 128, "xla"),
+        (card("gfx942"), jnp.bfloat16, 128, "xla"),
+        (card("9.0"), jnp.bfloat16, 264, "xla"),
+        (card("9.0"), jnp.bfloat16, 12, "xla"),
+        (card("9.0"), jnp.float32, 128, "xla"),
+        (CPU, jnp.bfloat16, 128, "xla"),
+        (TPU, jnp.bfloat16, 128, "xla"),
     ],
 )
-def test_cudnn_is_chosen_only_where_it_takes_the_call(platform, dtype, head_dim, backend):
-    assert choose_backend(platform, dtype, head_dim) == backend
+def test_cudnn_is_chosen_only_where_it_takes_the_call(device, dtype, head_dim, backend):
+    assert choose_backend(device, dtype, head_dim) == backend
 
 
 def random_qkv(rng, tokens=5, keys=9):
