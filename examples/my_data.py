@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lact_jax.data.batch import process_share
+
 COLOURS = {"red": (1.0, 0.1, 0.1), "green": (0.1, 0.9, 0.2), "blue": (0.2, 0.3, 1.0)}
 BATCHES = {"train": 64, "validation": 2}  # of an epoch
 
@@ -21,6 +23,7 @@ class Squares:
 
     def __init__(self, data: Any, batches: int, seed: int):
         self.data, self.batches, self.seed, self.epoch = data, batches, seed, 0
+        self.clips, *_ = process_share(data)  # this process's part of a batch
 
     def set_epoch(self, epoch: int) -> None:
         """Told by the trainer before each epoch, so that every epoch has clips of its own."""
@@ -32,7 +35,7 @@ class Squares:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in range(self.batches):
             rng = np.random.default_rng((self.seed, self.epoch, number))
-            names = rng.choice(list(COLOURS), self.data.batch_size)
+            names = rng.choice(list(COLOURS), self.clips)
             yield {
                 "frames": np.stack([self.draw(rng, COLOURS[name]) for name in names]),
                 "caption": [f"a {name} square" for name in names],

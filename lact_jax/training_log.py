@@ -59,8 +59,9 @@ class Log:
         self._writer = MetricsWriter(workdir, step)
         self._bar = ProgressBar(config.train.steps, step)
         self._runs = [
-            tensorboard_run.start_run(config.tensorboard, workdir, step),
+            # First the one that may fail: nothing shall be there of a run that did not start.
             wandb_run.start_run(config.wandb, workdir, dataclasses.asdict(config)),
+            tensorboard_run.start_run(config.tensorboard, workdir, step),
         ]
         self._waiting: list[tuple[int, Any, StepWork]] = []
         self._since = time.monotonic()  # what waits was done

@@ -127,9 +127,8 @@ def _start(
             f"wandb.mode is {options.mode}, but wandb can't be imported ({err}): "
             f"pip install wandb, or choose wandb.mode=disabled"
         ) from err
-    return WandbRun(
-        wandb,
-        wandb.init(
+    try:
+        run = wandb.init(
             mode=options.mode,
             project=options.project,
             entity=options.entity,
@@ -139,8 +138,13 @@ def _start(
             dir=str(workdir),
             config=dict(config),
             settings=wandb.Settings(api_key=key),
-        ),
-    )
+        )
+    except getattr(wandb, "Error", ()) as error:
+        raise ValueError(
+            f"wandb.mode={options.mode}: {error}. Check the key (WANDB_API_KEY or "
+            f"{options.api_keys}), or log with --config.wandb.mode=offline"
+        ) from error
+    return WandbRun(wandb, run)
 
 
 def _run_id(file: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from lact_jax import distributed
 
+_NO_RUN = ("config.json", ".lock", "wandb", "wandb_id.txt")  # may be there before a run is
 _OF_A_PROCESS = "distributed.*"  # config keys that differ between the processes of a run
 
 
@@ -83,9 +84,11 @@ def _opened(
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether a run has written anything here but its config."""
+    """Whether a run has written anything here but its config and what wandb keeps."""
     files = (file for file in folder.rglob("*") if file.is_file())
-    return any(file.stat().st_size for file in files if file.name not in ("config.json", ".lock"))
+    return any(
+        file.stat().st_size for file in files if file.relative_to(folder).parts[0] not in _NO_RUN
+    )
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

@@ -197,6 +197,20 @@ def test_a_validation_goes_to_its_file_to_tensorboard_and_to_wandb(tmp_path, wan
     assert sent[3]["validation/heat_map"] == ("image", str(picture))
 
 
+def test_a_key_that_wandb_refuses_is_told_before_anything_else_starts(tmp_path, wandb, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def refuse(**_):
+        raise Refused("API key must have 40+ characters, has 3.")
+
+    wandb.init, wandb.Error = refuse, Refused
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    with pytest.raises(ValueError, match=r"wandb\.mode=online: API key must have.*WANDB_API_KEY"):
+        make_log(tmp_path, wandb__mode="online")
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_samples_go_to_tensorboard_as_a_sheet_and_to_wandb_as_videos(tmp_path, wandb):
     sheet, clip = tmp_path / "sheet.png", tmp_path / "clip.mp4"
     write_png(sheet, np.full((8, 12, 3), 70, np.uint8))

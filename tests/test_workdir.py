@@ -152,6 +152,9 @@ if __name__ == "__main__":
 def test_a_start_that_fails_before_it_wrote_anything_leaves_the_folder_free(tmp_path):
     with pytest.raises(KeyError), open_workdir(tmp_path, {"lr": 1.0}) as folder:
         (folder / "metrics.jsonl").touch()
+        (folder / "wandb_id.txt").write_text("abc\n")
+        (folder / "wandb").mkdir()
+        (folder / "wandb" / "debug.log").write_text("no key")
         raise KeyError
     with open_workdir(tmp_path, {"lr": 2.0}):
         (tmp_path / "metrics.jsonl").write_text("{}")

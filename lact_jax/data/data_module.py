@@ -11,10 +11,11 @@ iterable of batches
 
 in torch tensors (of any device and float type) or NumPy arrays. F, H, W are data.num_frames,
 data.height and data.width, or a size of data.buckets; B is data.batch_size over the number of
-processes. `examples/my_data.py` is such a module.
+processes, but any number to validate on. `examples/my_data.py` is such a module.
 
 What the module gets: the whole `lact_jax.config.Config`, and the run's seed plus this process's
-index, so that every process draws clips of its own.
+index, so that every process draws clips of its own. Options of the module's own belong in
+`config.data.options`.
 
 An iterable that ends is started again: an epoch. Before each, `set_epoch(epoch)` is called where
 the loader, its sampler or its dataset has it. Clips that are left over at the end of an epoch and
@@ -29,12 +30,13 @@ their order depends on `data_seed` and the epoch alone: give a torch DataLoader 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -72,8 +74,9 @@ def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> gra
         sizes=data.buckets or ((data.height, data.width),),
     )
     where = f"data.module={data.module!r}: {_LOADERS[split]}()"
+    train = split == "train"
     return ModuleDataset(
-        make, convert, where=where, batch_size=batch_size, endless=split == "train"
+        make, convert, where=where, batch_size=batch_size if train else None, endless=train
     )
 
 
@@ -125,7 +128,7 @@ class ModuleDataset(grain.IterDataset):
       make_loader: makes the loader, each time in the same state.
       convert: a batch of the loader to a RawBatch, given `where`.
       where: the module and its loader, for messages.
-      batch_size: clips of a batch in this process.
+      batch_size: clips of a batch in this process; None for as many as the loader gives.
       endless: start the loader again when it ends.
     """
 
@@ -135,7 +138,7 @@ class ModuleDataset(grain.IterDataset):
         convert: Callable[..., RawBatch],
         *,
         where: str,
-        batch_size: int,
+        batch_size: int | None,
         endless: bool,
     ):
         super().__init__()
@@ -157,7 +160,7 @@ class _Iterator(grain.DatasetIterator):
     def __next__(self) -> RawBatch:
         where, wanted = self._dataset.where, self._dataset.batch_size
         batch = self._dataset.convert(self._draw(), where=where)
-        if len(batch["caption"]) != wanted:
+        if wanted not in (None, len(batch["caption"])):
             raise ValueError(
                 f"{where} yields batches of {len(batch['caption'])} clips, but data.batch_size "
                 f"over the number of processes is {wanted}"
@@ -224,7 +227,8 @@ class _Iterator(grain.DatasetIterator):
     def _is_left_over(self, batch: Any) -> bool:
         """Whether these are the clips at the end of an epoch that don't fill a batch."""
         captions = batch.get("caption") if isinstance(batch, Mapping) else None
-        if not isinstance(captions, list | tuple) or len(captions) >= self._dataset.batch_size:
+        whole = self._dataset.batch_size or 0
+        if not isinstance(captions, list | tuple) or len(captions) >= whole:
             return False
         after = next(self._running, None)
         return after is None
@@ -241,6 +245,9 @@ def _make_loader(name: str, config: Any, seed: int, split: str) -> Iterable:
             f"{where} can't be imported: {error}; the folder of the module or package must be on "
             "PYTHONPATH, or be the one of train.py"
         ) from error
+    except Exception as error:
+        error.add_note(f"{where}: raised while it was imported")
+        raise
     function = getattr(module, "get_data_module", None)
     if not callable(function):
         raise ValueError(f"{where}: {module.__file__} has no function get_data_module")
@@ -250,17 +257,29 @@ def _make_loader(name: str, config: Any, seed: int, split: str) -> Iterable:
         raise ValueError(
             f"{where}: get_data_module must take (config, data_seed): {error}"
         ) from error
-    made = function(config, seed)
+    with _named(where):
+        made = function(config, seed)
     if not callable(getattr(made, method, None)):
         raise ValueError(
             f"{where}: what get_data_module returns (a {type(made).__name__}) has no {method}()"
         )
-    loader = getattr(made, method)()
+    with _named(where):
+        loader = getattr(made, method)()
     if not hasattr(loader, "__iter__"):
         raise ValueError(
             f"{where}: {method}() returns a {type(loader).__name__}, which is not iterable"
         )
     return loader
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors of the user's own code keep their traceback and get a note of whose they are."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{where}: raised there; its own options belong in config.data.options")
+        raise
 
 
 def _floats(x: Any, where: str) -> np.ndarray:

@@ -91,8 +91,14 @@ class _Reader:
         import tensorflow_datasets as tfds  # over a second, which only encoded data needs
 
         options = self._options
-        builder = tfds.builder_from_directory(options.path)
-        self._source = builder.as_data_source(options.split)
+        try:
+            builder = tfds.builder_from_directory(options.path)
+            self._source = builder.as_data_source(options.split)
+        except Exception as error:  # of many kinds, and few name the file
+            raise ValueError(
+                f"{options.path}: dataset_info.json or features.json is missing or damaged "
+                f"({type(error).__name__}: {error}); copy the data set again, or encode it again"
+            ) from error
         self._order = Order(
             self._members,
             options.batch_size * options.process_count,
@@ -124,7 +130,14 @@ class _Reader:
             _, draws = self._single_pass[int(number)]
         begin = options.process_index * options.batch_size
         rows = [int(draw.clip) for draw in draws[begin : begin + options.batch_size]]
-        return stack(self._source.__getitems__(rows), text_len=options.text_len)
+        try:
+            clips = self._source.__getitems__(rows)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{options.path}: clips {rows} of split {options.split!r} can't be read, their "
+                f"shards are damaged ({error}); copy the data set again, or encode it again"
+            ) from error
+        return stack(clips, text_len=options.text_len)
 
 
 def stack(clips: Sequence[Mapping[str, Any]], *, text_len: int) -> EncodedBatch:
@@ -183,8 +196,11 @@ def check_config(path: Path, config: Any, codec: Any, text: Any) -> None:
 
 def empty_text(path: str, text_len: int) -> np.ndarray:
     """The empty caption's embedding that a data set keeps: float32 (L, D)."""
-    folder = Path(path)
-    return layout.pad_text(np.load(folder / layout.read_manifest(folder)["empty_text"]), text_len)
+    file = Path(path) / layout.read_manifest(Path(path))["empty_text"]
+    try:
+        return layout.pad_text(np.load(file), text_len)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file}: damaged ({error}); copy the data set again") from error
 
 
 def from_config(config: Any, codec: Any, text: Any, split: str = "train") -> grain.IterDataset:

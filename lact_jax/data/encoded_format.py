@@ -175,4 +175,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format {manifest.get('format')!r}, version {manifest.get('version')!r}; this "
             f"program reads {FORMAT!r}, version {VERSION}: encode the videos again"
         )
+    if missing := sorted({"splits", "clip", "codec", "text", "empty_text"} - set(manifest)):
+        raise ValueError(f"{path}: damaged (has no {', '.join(missing)}); copy the data set again")
     return manifest

@@ -209,7 +209,7 @@ def _decode(clip: Clip, data: Any) -> _Decoded | _Outcome:
         return _Decoded(read_video(clip.file, height=height, width=width, **what), bucket)
     except UnsuitableError as error:
         return _Outcome(clip.name, reason=str(error))
-    except VideoError as error:
+    except (VideoError, FileNotFoundError) as error:
         return _Outcome(clip.name, reason=str(error), readable=False)
 
 

@@ -14,6 +14,7 @@ import concurrent.futures
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterable, Sequence
@@ -154,7 +155,9 @@ def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:
 
     Raises ValueError if nothing would be left to train on.
     """
-    if not 0 <= holdout < len(clips):
+    if holdout < 0:
+        raise ValueError(f"data.holdout={holdout}: must be 0 or more")
+    if holdout >= len(clips):
         raise ValueError(
             f"data.holdout={holdout}: of {len(clips)} clips at least one must be left to train on; "
             "hold out fewer"
@@ -204,7 +207,7 @@ def usable_clips(
     def look(clip: Clip) -> tuple[Clip | None, str, str]:
         try:
             return look_at(clip, num_frames=num_frames, fps=fps, sizes=sizes), "", ""
-        except VideoError as error:
+        except (VideoError, FileNotFoundError) as error:  # a link to nothing, for example
             return None, str(error), ""
         except UnsuitableError as error:
             return None, "", str(error)
@@ -220,12 +223,25 @@ def _visible(path: Path, suffixes: Iterable[str]) -> list[Path]:
         file
         for file in path.rglob("*")
         if file.suffix.lower() in suffixes
+        and not file.is_dir()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
 
 
 def _name(path: Path, file: Path) -> str:
-    return file.relative_to(path).as_posix()
+    name = file.relative_to(path).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: the file name {name!r} is not UTF-8: rename it") from error
+    return name
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def _read_captions(path: Path, videos: dict[str, Path]) -> dict[str, str]:
@@ -233,9 +249,9 @@ def _read_captions(path: Path, videos: dict[str, Path]) -> dict[str, str]:
     tables = [path / name for name in _TABLES if (path / name).is_file()]
     if len(tables) > 1:
         raise ValueError(f"{path}: has both {' and '.join(t.name for t in tables)}; keep one")
+    captions: dict[str, str] = {} if tables else _read_texts(path, videos)
     if not tables:
-        return _read_texts(path, videos)
-    captions: dict[str, str] = {}
+        return {name: caption for name, caption in captions.items() if caption}
     for number, file, caption in _TABLES[tables[0].name](tables[0]):
         if not isinstance(file, str) or not isinstance(caption, str):
             raise ValueError(f"{tables[0]}, line {number}: needs a file and a caption, both texts")
@@ -243,7 +259,7 @@ def _read_captions(path: Path, videos: dict[str, Path]) -> dict[str, str]:
         if name in captions:
             raise ValueError(f"{tables[0]}, line {number}: {name} has a caption already")
         captions[name] = _one_line(caption)
-    return captions
+    return {name: caption for name, caption in captions.items() if caption}
 
 
 def _read_texts(path: Path, videos: dict[str, Path]) -> dict[str, str]:
@@ -252,34 +268,37 @@ def _read_texts(path: Path, videos: dict[str, Path]) -> dict[str, str]:
         by_stem.setdefault(file.with_suffix(""), []).append(name)
     captions = {}
     for text in _visible(path, [".txt"]):
-        caption = _one_line(text.read_text(encoding="utf-8-sig"))
+        caption = _one_line(_text(text))
         for name in by_stem.get(text.with_suffix(""), [_name(path, text)]):
             captions[name] = caption
     return captions
 
 
 def _read_jsonl(table: Path):
-    with table.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{table}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{table}, line {number}: must be an object, such as "
-                                 '{"file": "clip.mp4", "caption": "a cat"}')
-            yield number, row.get("file"), row.get("caption")
+    for number, line in enumerate(_text(table).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{table}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{table}, line {number}: must be an object, such as "
+                             '{"file": "clip.mp4", "caption": "a cat"}')
+        yield number, row.get("file"), row.get("caption")
 
 
 def _read_csv(table: Path):
-    with table.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
-        if not {"file", "caption"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{table}: its first line must name the columns file,caption")
-        for row in rows:
-            yield rows.line_num, row["file"], row["caption"]
+    rows = csv.DictReader(io.StringIO(_text(table), newline=""))
+    if not {"file", "caption"} <= set(rows.fieldnames or ()):
+        raise ValueError(f"{table}: its first line must name the columns file,caption")
+    for row in rows:
+        if None in row:
+            raise ValueError(
+                f"{table}, line {rows.line_num}: more values than columns; a caption with commas "
+                "needs quotes around it"
+            )
+        yield rows.line_num, row["file"], row["caption"]
 
 
 def _one_line(caption: str) -> str:

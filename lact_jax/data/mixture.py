@@ -100,7 +100,7 @@ def from_config(
             dataset = make_dataset(
                 data.name, dataclasses.replace(config, data=one_clip), codec, text, split
             )
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             raise ValueError(f"data.options.datasets.{key}: {error}") from error
         datasets.append(dataset)
         weights.append(weight)

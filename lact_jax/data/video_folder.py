@@ -216,7 +216,7 @@ class _Decoder:
         for rank in range(self._rank[draw.clip], self._rank[draw.clip] + len(members)):
             try:
                 return self._decoded(bucket, Draw(members[rank % len(members)], draw.epoch))
-            except VideoError as error:
+            except (VideoError, FileNotFoundError) as error:
                 errors.append(str(error))
                 if self._bad.add([str(error)]):
                     _log.warning("%s; the next clip stands in for it", error)

@@ -29,6 +29,22 @@ def _part(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(sections | {"batch_size": config.data.batch_size}))
 
 
+def _same(there: Any, here: Any, default: Any) -> bool:
+    """Whether a row's config is this one. What it does not name was added later: its default."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        return there.keys() <= here.keys() and all(
+            _same(there[key], value, (default or {}).get(key))
+            if key in there
+            else value == (default or {}).get(key)
+            for key, value in here.items()
+        )
+    if isinstance(here, list) and isinstance(there, list) and isinstance(default, list) and default:
+        return len(here) == len(there) and all(
+            _same(a, b, default[0]) for a, b in zip(there, here, strict=True)
+        )
+    return there == here
+
+
 class Report:
     """The rows of a folder: read at the start, written again after each new one.
 
@@ -56,7 +72,7 @@ class Report:
         """Whether there is a row of this name; ValueError where it is of another config."""
         if name not in self._rows:
             return False
-        if self._rows[name]["config"] != _part(config):
+        if not _same(self._rows[name]["config"], _part(config), _part(Config())):
             raise ValueError(
                 f"{self._folder / RESULTS} has {name!r} with other settings (steps, sizes …): "
                 "give another --out"

@@ -130,10 +130,22 @@ def test_the_epoch_is_told_before_it_begins(written):
     assert levels == [0, 2, 26, 28, 51, 53]  # 25.5 more in every epoch
 
 
-def test_validation_is_one_pass_over_whole_batches(written):
-    asked = config(written(COUNTING.format(length=5, extra="")))
+def test_validation_is_one_pass_over_all_clips_in_batches_of_the_modules_own(written):
+    asked = config(written(COUNTING.format(length=5, extra="")), batch_size=1)
     for _ in range(2):
-        assert captions(batches(asked, "validation")) == ["0", "1", "2", "3"]
+        assert captions(batches(asked, "validation")) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("source", "kind"), [
+    ("def get_data_module(config, data_seed: pass", SyntaxError),
+    ("x = config", NameError),
+    ("def get_data_module(config, data_seed): return config.data.my_root", AttributeError),
+])  # fmt: skip
+def test_errors_of_the_modules_own_say_whose_they_are(written, source, kind):
+    name = written(source)
+    with pytest.raises(kind) as error:
+        batches(config(name))
+    assert f"data.module='{name}'" in error.value.__notes__[0]
 
 
 RESUMED = {
@@ -282,6 +294,8 @@ def test_the_example_gives_what_the_contract_asks_for():
         for frames, caption in zip(batch["frames"], batch["caption"], strict=True):
             brightest = frames.reshape(-1, 3).max(0)
             assert caption == f"a {('red', 'green', 'blue')[brightest.argmax()]} square"
+    shared = config(EXAMPLE, batch_size=4, share=(1, 2))
+    assert len(next(batches(shared))["caption"]) == 2
     assert len(list(batches(asked, "validation"))) == 2
 
 

@@ -155,6 +155,12 @@ def edit_manifest(folder, **changes):
     (folder / MANIFEST).write_text(json.dumps(read_manifest(folder) | changes))
 
 
+def drop_key(folder, name):
+    manifest = read_manifest(folder)
+    del manifest[name]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def shard_of(folder):
     return folder / read_manifest(folder)["splits"]["train"][1]["file"]
 
@@ -169,6 +175,9 @@ def shard_of(folder):
         (lambda d: os.truncate(shard_of(d), 5000), ValueError, "00001-of-00002: 5000 bytes"),
         (lambda d: shard_of(d).unlink(), FileNotFoundError, "00001-of-00002: missing"),
         (shutil.rmtree, FileNotFoundError, "not an encoded data set"),
+        (lambda d: drop_key(d, "splits"), ValueError, r"manifest\.json: damaged \(has no splits\)"),
+        (lambda d: (d / "features.json").unlink(), ValueError, r"features\.json is missing"),
+        (lambda d: (d / "dataset_info.json").write_text("{"), ValueError, "or damaged"),
     ],
 )
 def test_data_sets_that_can_not_be_read(spoil, error, message, dataset, tmp_path):
@@ -178,6 +187,29 @@ def test_data_sets_that_can_not_be_read(spoil, error, message, dataset, tmp_path
     with pytest.raises(error, match=message) as raised:
         make(folder)
     assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_of_full_length_that_is_half_written_is_named_when_it_is_read(
+    workers, dataset, tmp_path
+):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    for shard in read_manifest(folder)["splits"]["train"]:
+        content = (folder / shard["file"]).read_bytes()
+        whole = len(content) // 2
+        (folder / shard["file"]).write_bytes(content[:whole] + bytes(len(content) - whole))
+    with pytest.raises(ValueError, match="split 'train' can't be read, their shards are damaged"):
+        for _, _ in zip(range(20), make(folder, data__num_workers=workers), strict=False):
+            pass
+
+
+def test_a_damaged_empty_caption_is_named(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    os.truncate(folder / "empty_text.npy", 20)
+    with pytest.raises(ValueError, match=r"empty_text\.npy: damaged"):
+        encoded.empty_text(str(folder), 8)
 
 
 def test_splits_that_are_not_there_or_too_small(dataset, videos, tmp_path):

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import logging
+import os
 import types
 
 import numpy as np
@@ -146,12 +147,33 @@ def test_captions_and_videos_must_match(folder):
     ("captions.csv", "name,caption\n0.mp4,a\n", "must name the columns file,caption"),
     ("captions.csv", "file,caption\n0.mp4\n", "line 2: needs a file and a caption"),
     ("captions.csv", "file,caption\n0.mp4,a\n", "6 videos without caption: 1.mp4"),
+    ("captions.csv", "file,caption\n0.mp4,a red ball, rolling\n", "line 2: more values.*quotes"),
+    ("captions.csv", "file,caption\n0.mp4,gr\xf6n\n", "captions.csv: not UTF-8 text"),
+    ("captions.jsonl", '{"file": "0.mp4", "caption": "gr\xf6n"}', "captions.jsonl: not UTF-8 text"),
+    ("0.txt", "gr\xf6n", "0.txt: not UTF-8 text"),
+    ("0.txt", " \n", "1 videos without caption: 0.mp4"),
 ])
-def test_broken_caption_tables(folder, table, content, match):
-    (folder / table).write_text(content)
+def test_broken_captions(folder, table, content, match):
+    (folder / table).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=match) as error:
         list_clips(folder)
     assert str(folder) in str(error.value)
+
+
+def test_a_folder_under_a_videos_name_is_none_and_a_name_that_is_not_utf8_is_told(folder):
+    (folder / "x.mp4").mkdir()
+    assert len(list_clips(folder)) == 7
+    os.mkdir(os.fsencode(folder) + b"/caf\xe9")
+    os.rename(folder / "0.mp4", os.fsencode(folder) + b"/caf\xe9/0.mp4")
+    with pytest.raises(ValueError, match=r"file name 'caf.*0.mp4' is not UTF-8: rename it"):
+        list_clips(folder)
+
+
+def test_a_link_to_nothing_is_skipped_and_named(folder, caplog):
+    (folder / "0.mp4").unlink()
+    (folder / "0.mp4").symlink_to(folder / "gone.mp4")
+    next(iter(video_folder.make(options(folder))))
+    assert "0.mp4: no such video file" in caplog.text
 
 
 def test_two_caption_tables(folder):

@@ -70,6 +70,21 @@ def test_a_second_start_trains_only_what_is_missing(out, monkeypatch, capsys):
         memory.main([f"--out={out}", "--small", "--seeds", "0"])
 
 
+def test_rows_from_before_a_setting_existed_are_those_of_its_default(tmp_path, out, monkeypatch):
+    content = json.loads((out / memory_report.RESULTS).read_text())
+    for row in content["rows"].values():
+        del row["config"]["model"]["kernels"], row["config"]["model"]["lact"][0]["muon_iters"]
+    (tmp_path / memory_report.RESULTS).write_text(json.dumps(content))
+    monkeypatch.setattr(memory, "Experiment", None)  # nothing is trained
+    same = memory.main([f"--out={tmp_path}", *ARGUMENTS])
+    assert same == 0
+    for row in content["rows"].values():
+        row["config"]["model"]["kernels"] = "xla"
+    (tmp_path / memory_report.RESULTS).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="with other settings"):
+        memory.main([f"--out={tmp_path}", *ARGUMENTS])
+
+
 def test_a_model_that_diverged_says_so_and_stands_in_the_way_of_none(tmp_path, out):
     content = json.loads((out / memory_report.RESULTS).read_text())
     broken = json.loads(json.dumps(content["rows"]["lact"]))
