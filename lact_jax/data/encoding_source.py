@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lact_jax.data import synthetic_dataset
-from lact_jax.data.listing import Clip, list_clips, split_clips
+from lact_jax.data.listing import Clip, list_clips, split_clips, warn_of_stills
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ def find_clips(config: Any, codec: Any, src: str | None, holdout: int) -> dict[s
             f"nothing to encode: give --src=VIDEOS (data.name={data.name!r}, data.path="
             f"{data.path!r} is neither a folder of videos nor the synthetic data set)"
         )
-    clips = list_clips(Path(src or data.path), stills=data.num_frames == 1, uncaptioned=True)
+    folder = Path(src or data.path)
+    clips = list_clips(folder, stills=data.num_frames == 1, uncaptioned=True)
+    warn_of_stills(folder, data.num_frames)
     return split_clips(clips, holdout)
 
 

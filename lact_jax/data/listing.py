@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from lact_jax.video_io import (
     shown_size,
 )
 
+_log = logging.getLogger(__name__)
 _NAMED = 10  # files named in a message before the rest is only counted
 
 
@@ -145,6 +147,15 @@ def list_clips(
 def list_stills(path: Path) -> list[Path]:
     """The still images of a folder, sorted."""
     return sorted(_visible(path, IMAGE_SUFFIXES))
+
+
+def warn_of_stills(path: Path, num_frames: int) -> None:
+    """Names the still images of a folder whose clips have more than one frame."""
+    if num_frames > 1 and (stills := [file.name for file in list_stills(path)]):
+        _log.warning(
+            "%s: %d still images skipped, clips have %d frames: %s",
+            path, len(stills), num_frames, enumerate_some(stills),
+        )  # fmt: skip
 
 
 def split_clips(clips: Sequence[Clip], holdout: int) -> dict[str, list[Clip]]:

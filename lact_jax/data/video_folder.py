@@ -28,9 +28,9 @@ from lact_jax.data.listing import (
     Clip,
     enumerate_some,
     list_clips,
-    list_stills,
     split_clips,
     usable_clips,
+    warn_of_stills,
 )
 from lact_jax.video_io import VideoError, read_video
 
@@ -189,11 +189,7 @@ def _look_at(clips: list[Clip], options: Options, bad: BadFiles) -> list[Clip]:
         _log.warning(
             "%s: %d of %d clips skipped: %s", path, len(reasons), total, enumerate_some(reasons)
         )
-    if options.num_frames > 1 and (stills := [file.name for file in list_stills(path)]):
-        _log.warning(
-            "%s: %d still images skipped, clips have %d frames: %s",
-            path, len(stills), options.num_frames, enumerate_some(stills),
-        )  # fmt: skip
+    warn_of_stills(path, options.num_frames)
     return usable
 
 

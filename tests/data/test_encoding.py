@@ -2,6 +2,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,13 @@ def test_clips_that_can_not_be_used_are_counted_and_named(spoiled, tmp_path):
     assert "5 frames at 16 fps" in reasons["short.mp4"]
     assert json.loads((tmp_path / "dataset" / SUMMARY).read_text()) == summary
     assert read_manifest(tmp_path / "dataset")["splits"]["train"][0]["clips"] == 1
+
+
+def test_still_images_beside_videos_are_named(videos, tmp_path, caplog):
+    shutil.copytree(videos, tmp_path / "videos")
+    (tmp_path / "videos" / "cover.png").write_bytes(b"")
+    encode(tmp_path / "dataset", tmp_path / "videos")
+    assert "1 still images skipped, clips have 9 frames: cover.png" in caplog.text
 
 
 def test_videos_without_caption_are_skipped_too(spoiled, tmp_path):
