@@ -45,73 +45,102 @@ def growth(near: Place, far: Place) -> dict:
     return ratios | ({f"memory in use {there}": far.held / near.held} if near.held else {})
 
 
-def main(_):
-    config = parse(CONFIG.value)
-    latent_hw = config.data.height // 8, config.data.width // 8
-    if SMALL.value:
-        lact = dataclasses.replace(config.model.lact[0], fw_head_dim=32)
-        model = dataclasses.replace(config.model, **common.SMALL_MODEL, lact=(lact,))
-        config, latent_hw = dataclasses.replace(config, model=model), (4, 4)
-    model, scale = config.model, config.sample.guidance_scale
-    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
-    params["head"]["head"]["kernel"] = params["patch_embedding"]["kernel"].T  # not its zeros
-    text = jax.random.normal(jax.random.key(1), (2, model.text_len, model.text_dim), jnp.float32)
-    shape = (config.objective.frames_per_chunk, *latent_hw, model.latent_channels)
+def cache_bytes(cache) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
-    @jax.jit
-    def denoise(params, text_kv, x, timestep, cache):
-        both = jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep])
-        return guide(bind(model, params).denoise(*both, text_kv, cache), scale)
 
-    commit = jax.jit(
-        lambda params, text_kv, x, cache: bind(model, params).commit(
-            jnp.concatenate([x, x]), text_kv, cache
+class Sampling:
+    """A model of random weights, and its programs compiled on first use, for the flags above."""
+
+    def __init__(self):
+        config = parse(CONFIG.value)
+        latent_hw = config.data.height // 8, config.data.width // 8
+        if SMALL.value:
+            lact = dataclasses.replace(config.model.lact[0], fw_head_dim=32)
+            model = dataclasses.replace(config.model, **common.SMALL_MODEL, lact=(lact,))
+            config, latent_hw = dataclasses.replace(config, model=model), (4, 4)
+        self.model = model = config.model
+        self.shape = (config.objective.frames_per_chunk, *latent_hw, model.latent_channels)
+        self._schedule = dataclasses.replace(config.sample, steps=STEPS.value).schedule
+        self._solver_step = jax.jit(self._schedule.solver.step)
+        self._params = params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+        params["head"]["head"]["kernel"] = params["patch_embedding"]["kernel"].T  # not its zeros
+        text_BLQ = jax.random.normal(
+            jax.random.key(1), (2, model.text_len, model.text_dim), jnp.float32
         )
-    )
-    text_kv = jax.jit(lambda p, t: bind(model, p).text_kv(t))(params, text)
-    cache = jax.jit(lambda p: bind(model, p).init_cache(2))(params)
-    schedule = dataclasses.replace(config.sample, steps=STEPS.value).schedule
-    solver_step = jax.jit(schedule.solver.step)
+        self._text_kv = jax.jit(lambda p, t: bind(model, p).text_kv(t))(params, text_BLQ)
+        scale = config.sample.guidance_scale
 
-    def sample(chunk, cache):
-        state = schedule.solver.init(chunk_noise(0, [0], chunk, shape))
+        def denoise(params, text_kv, x, timestep, cache):
+            both = jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep])
+            return guide(bind(model, params).denoise(*both, text_kv, cache), scale)
+
+        def commit(params, text_kv, x, cache):
+            return bind(model, params).commit(jnp.concatenate([x, x]), text_kv, cache)
+
+        self._denoise, self._commit = jax.jit(denoise), jax.jit(commit)
+
+    def first_cache(self):
+        """The cache of both branches before anything is committed."""
+        return jax.jit(lambda p: bind(self.model, p).init_cache(2))(self._params)
+
+    def denoise(self, x, timestep, cache):
+        """A guided denoise step: the velocity."""
+        time = jnp.full((1,), timestep, jnp.float32)
+        return self._denoise(self._params, self._text_kv, x, time, cache)
+
+    def commit(self, x, cache):
+        """The cache behind chunk x."""
+        return self._commit(self._params, self._text_kv, x, cache)
+
+    def sample(self, chunk: int, cache):
+        """A chunk by all its steps."""
+        schedule = self._schedule
+        state = schedule.solver.init(chunk_noise(0, [0], chunk, self.shape))
         for i in range(schedule.steps):
-            timestep = jnp.full((1,), schedule.timesteps[i], jnp.float32)
-            velocity = denoise(params, text_kv, state.x, timestep, cache)
-            state = solver_step(state, velocity, schedule.coefficients_at(i))
+            velocity = self.denoise(state.x, schedule.timesteps[i], cache)
+            state = self._solver_step(state, velocity, schedule.coefficients_at(i))
         return state.x
 
-    def place(chunk, x, cache):
-        timestep = jnp.full((1,), 500, jnp.float32)
+    def place(self, chunk: int, x, cache) -> Place:
+        """Measures a step and a chunk behind what is committed."""
         return Place(
-            common.median_seconds(lambda: denoise(params, text_kv, x, timestep, cache), 10),
-            common.median_seconds(lambda: sample(chunk, cache), 2),
-            sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
+            common.median_seconds(lambda: self.denoise(x, 500, cache), 10),
+            common.median_seconds(lambda: self.sample(chunk, cache), 2),
+            cache_bytes(cache),
             common.held_gigabytes(),
         )
 
-    per_chunk, cache_bytes, x = [], [], None
+    def flops(self, x, cache) -> int:
+        """Of a guided denoise step."""
+        return count_flops(lambda x, cache: self.denoise(x, 500, cache), x, cache)
+
+
+def main(_):
+    model, per_chunk, sizes, x = Sampling(), [], [], None
+    cache = model.first_cache()
     for chunk in range(CHUNKS.value):
         if x is not None:
-            cache = commit(params, text_kv, x, cache)
-        x, first = common.first_call_seconds(partial(sample, chunk, cache))
-        again = partial(common.median_seconds, partial(sample, chunk, cache), 1)
-        per_chunk.append(first if chunk > 1 else again())
-        cache_bytes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(cache)))
-    near = place(chunk, x, cache)
-    commit_seconds = common.median_seconds(lambda: commit(params, text_kv, x, cache), 5)
-    whole = sum(per_chunk) + (CHUNKS.value - 1) * commit_seconds
-    flops = count_flops(denoise, params, text_kv, x, jnp.zeros(1, jnp.float32), cache)
-    rate = common.measured_matmul_rate(model.dtype, 256 if SMALL.value else 8192)
-    result = {}
+            cache = model.commit(x, cache)
+        sample = partial(model.sample, chunk, cache)
+        x, first = common.first_call_seconds(sample)
+        # The first two compile.
+        per_chunk.append(first if chunk > 1 else common.median_seconds(sample, 1))
+        sizes.append(cache_bytes(cache))
+    near = model.place(chunk, x, cache)
+    commit_seconds = common.median_seconds(lambda: model.commit(x, cache), 5)
+    flops = model.flops(x, cache)
+    far = {}
     if FAR.value:
         for _ in range(int(cache.num_committed), FAR.value - 1):
-            cache = commit(params, text_kv, x, cache)
-        result = growth(near, place(FAR.value - 1, x, cache))
+            cache = model.commit(x, cache)
+        far = growth(near, model.place(FAR.value - 1, x, cache))
+    peak = common.peak_gigabytes()
+    rate = common.measured_matmul_rate(model.model.dtype, 256 if SMALL.value else 8192)
     common.report(
         "sampling",
         {
-            "chunk latent": str(shape),
+            "chunk latent": str(model.shape),
             "chunks": CHUNKS.value,
             "steps a chunk": STEPS.value,
             "TFLOP per guided denoise step": flops / 1e12,
@@ -120,11 +149,11 @@ def main(_):
             "share of the matmul rate": flops / near.denoise / rate,
             "ms per commit": 1e3 * commit_seconds,
             "seconds per chunk": str([round(s, 3) for s in per_chunk]),
-            "cache GB per chunk": str([round(b / 1e9, 3) for b in cache_bytes]),
-            "seconds for all chunks": whole,
-            **result,
+            "cache GB per chunk": str([round(b / 1e9, 3) for b in sizes]),
+            "seconds for all chunks": sum(per_chunk) + (CHUNKS.value - 1) * commit_seconds,
+            **far,
             "finite": bool(jnp.isfinite(x).all()),
-            "peak GB": common.peak_gigabytes(),
+            "peak GB": peak,
         },
         JSON.value,
     )
