@@ -20,10 +20,10 @@ if jax.__version_info__ < (0, 11):
 
 # Files that take half a minute or more.
 LONG = {
-    "test_benchmarks", "test_bad_input", "test_distributed_run", "test_dit", "test_encoded_run",
-    "test_lact", "test_memory", "test_notebook", "test_parity", "test_pipeline", "test_plan",
-    "test_resume", "test_sharded_layers", "test_sharded_model", "test_sharded_training",
-    "test_train_state", "test_watch",
+    "test_bad_input", "test_benchmarks", "test_distributed_run", "test_dit", "test_dit_backward",
+    "test_encoded_run", "test_lact", "test_memory", "test_notebook", "test_parity", "test_pipeline",
+    "test_plan", "test_resume", "test_sharded_layers", "test_sharded_model",
+    "test_sharded_training", "test_train_state", "test_watch",
 }  # fmt: skip
 
 

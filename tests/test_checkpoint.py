@@ -1,34 +1,26 @@
-"""Checkpoints: bit-equal, atomic, and clear about everything that does not fit.
-
-Run as a script (`python test_checkpoint.py save_until_killed|fill_the_disk|reshard DIR`) it is the
-process that the tests kill, starve of disk, or give several devices.
-"""
+"""Checkpoints: bit-equal, and clear about everything that does not fit."""
 
 import dataclasses
 import functools
-import gc
-import os
-import random
-import resource
-import shutil
-import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tensorstore as ts
+from checkpoint_fixtures import (
+    DATA,
+    META,
+    abstract,
+    assert_bit_equal,
+    make_state,
+    save_steps,
+    worker,
+)
 
 from lact_jax.checkpoint import (
     Checkpointer,
-    CheckpointSaveError,
-    CheckpointUnreadableError,
     complete_steps,
     restore_params,
 )
@@ -36,78 +28,6 @@ from lact_jax.checkpoint_tree import CheckpointMismatchError
 
 # TensorStore's reads of other arrays, still pending when one fails, are collected as unraisable.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-ROOT = Path(__file__).resolve().parents[1]
-DATA, META = {"epoch": 1, "next": [3, 4]}, {"seed": 0, "note": "ok"}
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "frozen", "ema", "opt_state", "rng"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """The layout of the trainer's state."""
-
-    step: Any
-    params: Any
-    frozen: Any
-    ema: Any
-    opt_state: Any
-    rng: Any
-
-
-def make_state(step: int, width: int = 8, dtype=jnp.float32) -> TrainState:
-    """A state that differs in every leaf from step to step; bf16, int and key leaves among them."""
-    rng = np.random.default_rng(step)
-
-    def normal(*shape: int, dtype=dtype):
-        return jnp.asarray(rng.normal(size=shape), dtype)
-
-    def params():
-        return {
-            "blocks": {0: {"w": normal(3, width)}, 1: {"w": normal(3, width)}},
-            "text": normal(5, dtype=jnp.bfloat16),
-            "odd": jnp.asarray([np.nan, -0.0, np.inf, 1e-45 * step], jnp.float32),
-        }
-
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params=params(),
-        frozen={"blocks": {0: {"fixed": normal(2, 2)}}},
-        ema=params(),
-        opt_state=optax.adamw(1e-3).init(params()),
-        rng=jax.random.fold_in(jax.random.key(5), step),
-    )
-
-
-def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def assert_bit_equal(actual, expected) -> None:
-    def raw(leaf):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    for got, want in pairs:
-        assert got.dtype == want.dtype and got.shape == want.shape
-        assert raw(got).tobytes() == raw(want).tobytes()
-
-
-def save_steps(directory, steps, keep=None, **kwargs) -> None:
-    with Checkpointer(directory, save_every=1, keep_last_iterations=keep, **kwargs) as checkpointer:
-        for step in steps:
-            assert checkpointer.save(step, make_state(step), DATA, META)
-
-
-def worker(mode: str, directory: Path, **kwargs) -> subprocess.Popen:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__)), mode, str(directory)]
-    return subprocess.Popen(command, env=env | kwargs.pop("env", {}), text=True, **kwargs)
 
 
 @pytest.mark.parametrize("async_", [True, False])
@@ -247,117 +167,6 @@ def test_missing_directory_and_step_are_named(tmp_path):
         restore_params(tmp_path / "new", step=7)
 
 
-def test_any_damaged_file_is_an_error_or_harmless(tmp_path):
-    """Deletes and truncates every file of the newest step, one at a time."""
-    save_steps(tmp_path / "good", [1, 2])
-    good = tmp_path / "good" / "2"
-    outcomes = {}
-    for path in sorted(p.relative_to(good) for p in good.rglob("*") if p.is_file()):
-        for size in (None, (good / path).stat().st_size // 2):
-            run = tmp_path / "run"
-            shutil.copytree(tmp_path / "good", run)
-            (run / "2" / path).unlink() if size is None else os.truncate(run / "2" / path, size)
-            with Checkpointer(run, 1, None) as checkpointer:
-                try:
-                    restored, data, meta = checkpointer.restore(abstract(make_state(0)))
-                except CheckpointMismatchError:  # the random key has lost its kind
-                    assert path.parts[:2] == ("state", "array_metadatas")
-                    outcomes[path, size] = "error"
-                except CheckpointUnreadableError as error:
-                    assert f"{run / '2'} is damaged" in str(error)
-                    assert "Move this folder" in str(error) and "step 1" in str(error)
-                    outcomes[path, size] = "error"
-                else:
-                    assert_bit_equal(restored, make_state(2))
-                    assert (data, meta) == (DATA, META)
-                    outcomes[path, size] = "harmless"
-            shutil.rmtree(run)
-    arrays = max((p for p, _ in outcomes), key=lambda path: (good / path).stat().st_size)
-    damaging = [key for key, outcome in outcomes.items() if outcome == "error"]
-    gc.collect()  # the pending reads, now that their warnings are filtered
-    assert {(arrays, None), (arrays, (good / arrays).stat().st_size // 2)} < set(damaging)
-    assert {(Path(item) / "metadata", None) for item in ("data", "meta")} < set(damaging)
-
-
-def test_damaged_only_checkpoint_says_that_there_is_no_other(tmp_path):
-    save_steps(tmp_path, [2])
-    (tmp_path / "2" / "data" / "metadata").write_text("{")
-    with Checkpointer(tmp_path, 1, None) as checkpointer:
-        with pytest.raises(CheckpointUnreadableError, match="would start from the beginning"):
-            checkpointer.restore(abstract(make_state(0)))
-
-
-def test_after_moving_the_damaged_step_away_the_run_goes_on_from_the_older_one(tmp_path):
-    save_steps(tmp_path / "ckpt", [1, 2])
-    shutil.rmtree(tmp_path / "ckpt" / "2" / "state")
-    with Checkpointer(tmp_path / "ckpt", 1, None) as checkpointer:
-        with pytest.raises(CheckpointUnreadableError):
-            checkpointer.restore(abstract(make_state(0)))
-    (tmp_path / "ckpt" / "2").rename(tmp_path / "damaged")
-    with Checkpointer(tmp_path / "ckpt", 1, None) as checkpointer:
-        assert_bit_equal(checkpointer.restore(abstract(make_state(0)))[0], make_state(1))
-        assert checkpointer.save(2, make_state(2), DATA, META)
-    assert complete_steps(tmp_path / "ckpt") == [1, 2]
-
-
-def test_leftovers_of_a_killed_save_are_no_checkpoint_and_go_away(tmp_path):
-    save_steps(tmp_path, [1])
-    leftover = tmp_path / "2.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "1", leftover)
-    assert complete_steps(tmp_path) == [1]
-    with Checkpointer(tmp_path, 1, None) as checkpointer:
-        assert checkpointer.latest_step() == 1
-        assert checkpointer.save(2, make_state(2), DATA, META)
-        assert_bit_equal(checkpointer.restore(abstract(make_state(0)))[0], make_state(2))
-    assert not leftover.exists()
-
-
-@pytest.mark.parametrize("trial", [0, 1])
-def test_killed_at_a_random_moment_the_newest_complete_one_is_bit_equal(tmp_path, trial):
-    moment = random.Random()
-    process = worker("save_until_killed", tmp_path, stdout=subprocess.PIPE)
-    lines = moment.randrange(2, 6)
-    begun = [int(process.stdout.readline()) for _ in range(lines)]
-    time.sleep(moment.uniform(0, 0.05))
-    process.send_signal(signal.SIGKILL)
-    begun += [int(line) for line in process.stdout]
-    assert process.wait() == -signal.SIGKILL
-    with Checkpointer(tmp_path, 1, 3) as checkpointer:
-        newest = checkpointer.latest_step()
-        assert begun[-1] - 1 <= newest <= begun[-1] + 1
-        assert_bit_equal(checkpointer.restore(abstract(make_state(0)))[0], make_state(newest))
-        assert checkpointer.save(newest + 1, make_state(newest + 1), DATA, META)
-    assert complete_steps(tmp_path)[-1] == newest + 1
-    assert not list(tmp_path.glob("*tmp*"))
-
-
-def test_disk_full_names_the_directory_and_leaves_the_earlier_ones_whole(tmp_path):
-    process = worker("fill_the_disk", tmp_path, stdout=subprocess.PIPE)
-    output, _ = process.communicate()
-    assert process.returncode == 1
-    for directory, message in zip(("async", "sync"), output.splitlines(), strict=True):
-        assert f"step 3 could not be written to {tmp_path / directory}" in message
-        assert "(File too large)" in message and "[1, 2] are kept" in message
-        with Checkpointer(tmp_path / directory, 1, None) as checkpointer:
-            assert checkpointer.all_steps() == [1, 2]
-            for step in (1, 2):
-                restored, _, _ = checkpointer.restore(abstract(make_state(0)), step)
-                assert_bit_equal(restored, make_state(step))
-            assert checkpointer.save(3, make_state(3), DATA, META)
-        assert complete_steps(tmp_path / directory) == [1, 2, 3]
-
-
-def test_nothing_is_begun_when_the_disk_has_too_little_room(tmp_path, monkeypatch):
-    with Checkpointer(tmp_path, 1, None) as checkpointer:
-        assert checkpointer.save(1, make_state(1), DATA, META)
-        checkpointer.wait()
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))
-        for step in (2, 3):  # the failure is raised again, whatever is called
-            with pytest.raises(CheckpointSaveError, match=r"step 2 .*MiB to write.*\[1\] are kept"):
-                checkpointer.save(step, make_state(step), DATA, META)
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
-
-
 @pytest.mark.parametrize("which", ["ema", "params"])
 def test_params_alone_are_the_chosen_tree_with_the_frozen_one(tmp_path, which):
     save_steps(tmp_path, [1, 2])
@@ -397,59 +206,3 @@ def test_params_that_are_not_there_or_do_not_fit(tmp_path):
         checkpointer.save(1, dataclasses.replace(make_state(1), ema={}), DATA, META)
     with pytest.raises(CheckpointMismatchError, match="choose 'ema' or 'params'"):
         restore_params(tmp_path / "no_ema")
-
-
-def _save_until_killed(directory: str) -> None:
-    checkpointer = Checkpointer(directory, 1, 3)
-    for step in range(1, 10_000):
-        state = make_state(step)
-        checkpointer.save(step, state, DATA, META)
-        print(step, flush=True)
-
-
-def _fill_the_disk(directory: str) -> None:
-    checkpointers = [
-        Checkpointer(Path(directory) / name, 1, 2, async_=name == "async")
-        for name in ("async", "sync")
-    ]
-    for checkpointer in checkpointers:
-        for step in (1, 2):
-            checkpointer.save(step, make_state(step), DATA, META)
-        checkpointer.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    messages = []
-    for checkpointer in checkpointers:
-        try:
-            checkpointer.save(3, make_state(3, width=20_000), DATA, META)
-            checkpointer.wait()
-        except CheckpointSaveError as error:
-            messages.append(str(error))
-    print(*messages, sep="\n")
-    sys.exit(len(messages) == len(checkpointers))
-
-
-def _reshard(directory: str) -> None:
-    auto = jax.sharding.AxisType.Auto
-    value = jnp.arange(32, dtype=jnp.float32).reshape(8, 4)
-    with Checkpointer(directory, 1, None) as checkpointer:
-        for step, (saved, restored) in enumerate([(4, 2), (2, 4), (4, 1)], start=1):
-            source, target = (
-                jax.sharding.NamedSharding(
-                    jax.make_mesh((n,), ("x",), axis_types=(auto,), devices=jax.devices()[:n]),
-                    jax.sharding.PartitionSpec("x"),
-                )
-                for n in (saved, restored)
-            )
-            checkpointer.save(step, {"w": jax.device_put(value, source)}, DATA, META)
-            asked = {"w": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=target)}
-            weight = checkpointer.restore(asked)[0]["w"]
-            if weight.sharding == target and bool((np.asarray(weight) == np.asarray(value)).all()):
-                print(f"{saved}->{restored}")
-
-
-if __name__ == "__main__":
-    {
-        "save_until_killed": _save_until_killed,
-        "fill_the_disk": _fill_the_disk,
-        "reshard": _reshard,
-    }[sys.argv[1]](sys.argv[2])
