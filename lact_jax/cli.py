@@ -72,7 +72,7 @@ def finish(main: Callable[[], int]) -> None:
         if not (expected or jax.distributed.is_initialized()):
             raise
         if expected:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
             print(f"(set {TRACEBACK_VARIABLE}=1 to see where)", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -141,7 +141,7 @@ def _start(
         )
     except getattr(wandb, "Error", ()) as error:
         raise ValueError(
-            f"wandb.mode={options.mode}: {error}. Check the key (WANDB_API_KEY or "
+            f"wandb.mode={options.mode}: {str(error).rstrip('.')}. Check the key (WANDB_API_KEY or "
             f"{options.api_keys}), or log with --config.wandb.mode=offline"
         ) from error
     return WandbRun(wandb, run)

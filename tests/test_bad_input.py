@@ -43,6 +43,15 @@ def finish(capsys, main) -> str:
     return said
 
 
+def test_an_error_is_told_with_its_notes(capsys):
+    def main():
+        error = ValueError("no frames")
+        error.add_note("data.module='mine': raised there")
+        raise error
+
+    assert finish(capsys, main).startswith("error: no frames\ndata.module='mine': raised there\n")
+
+
 @pytest.fixture
 def videos(tmp_path):
     """A folder of two short captioned clips, for the tests to spoil."""

@@ -9,6 +9,7 @@ import pytest
 
 from lact_jax.ops.numerics import l2_norm
 from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
+from lact_jax.ops.qk_tiles import Sizes
 from lact_jax.ops.rope import apply_rope, rope_rotations
 
 EPS, L2_EPS = 1e-6, 1e-5
@@ -121,6 +122,14 @@ def test_many_programs_count_all_tokens_and_zeros_have_finite_gradients():
     args = jnp.asarray(z, jnp.float32), zero, rotation, scale, fast_scale, zero
     got, want = both_ways(args, options(1, ((0, 2),), ((1, 2),)))
     check(got, want, jnp.float32, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "fast_heads", "warps"), [(256, 2, 4), (1536, 2, 4), (5120, 8, 16), (8192, 2, 16)]
+)
+def test_a_thread_holds_at_most_sixteen_numbers_of_a_token(width, fast_heads, warps):
+    sizes = Sizes.of((1, 2, 3, width), 128, fast_heads)
+    assert sizes.warps == warps and sizes.lanes <= 16 * 32 * warps
 
 
 def test_kernels_take_whole_heads_that_fit_into_registers():
