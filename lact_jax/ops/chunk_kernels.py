@@ -93,6 +93,26 @@ def _at(ref, index: tuple):
     return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
 
 
+def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> jax.Array:
+    """a b + c in float32, one instruction where XLA lets Triton make two. Arrays of one shape."""
+    if interpret:
+        return a * b + c
+    (result,) = triton.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=(a, b, c),
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=(jax.ShapeDtypeStruct(a.shape, jnp.float32),),
+    )
+    return result
+
+
+def for_own_tokens(sizes: TokenRuns, body: Callable, carry):
+    """Runs body(token of the block, carry) -> carry over those of this program that there are."""
+    left = sizes.tokens - pl.program_id(0) * sizes.run
+    return jax.lax.fori_loop(0, jnp.minimum(sizes.run, left), body, carry)
+
+
 def load(ref, index: tuple, mask) -> jax.Array:
     """The block's numbers in float32, with zeros where the mask is False."""
     return triton.load(_at(ref, index), mask=mask, other=0.0).astype(jnp.float32)

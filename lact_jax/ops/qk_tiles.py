@@ -104,8 +104,9 @@ class Sizes(TokenRuns):
         )
 
     def rotation_block(self) -> pl.BlockSpec:
-        block = (None, self.run, self.tile[2] // 2, 2)
-        return pl.BlockSpec(block, lambda run, chunk, clip: (chunk, run, 0, 0))
+        """Of cosines and sines in turn, (C, S, K)."""
+        block = (None, self.run, self.tile[2])
+        return pl.BlockSpec(block, lambda run, chunk, clip: (chunk, run, 0))
 
     def vector_block(self) -> pl.BlockSpec:
         return pl.BlockSpec(self._token_block, lambda run, chunk, clip: (0, 0, 0, 0))
