@@ -32,9 +32,13 @@ class TokenRuns:
     tokens: int
 
     @property
+    def longest_run(self) -> int:
+        return TOKENS
+
+    @property
     def run(self) -> int:
         """Tokens of a program."""
-        return min(TOKENS, self.tokens)
+        return min(self.longest_run, self.tokens)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -107,10 +111,9 @@ def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> j
     return result
 
 
-def for_own_tokens(sizes: TokenRuns, body: Callable, carry):
-    """Runs body(token of the block, carry) -> carry over those of this program that there are."""
-    left = sizes.tokens - pl.program_id(0) * sizes.run
-    return jax.lax.fori_loop(0, jnp.minimum(sizes.run, left), body, carry)
+def own_tokens(sizes: TokenRuns) -> jax.Array:
+    """How many tokens of its run this program has: the last run of a chunk may be shorter."""
+    return jnp.minimum(sizes.run, sizes.tokens - pl.program_id(0) * sizes.run)
 
 
 def load(ref, index: tuple, mask) -> jax.Array:

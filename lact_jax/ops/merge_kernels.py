@@ -20,7 +20,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lact_jax.ops.chunk_kernels import ChunkRange, call_by_name, exists, load, store, within
+from lact_jax.ops.chunk_kernels import (
+    ChunkRange,
+    call_by_name,
+    exists,
+    load,
+    own_tokens,
+    store,
+    within,
+)
 from lact_jax.ops.merge_tiles import MAX_LANES, Sizes
 
 
@@ -159,12 +167,6 @@ def _store_part(refs: list, index: tuple, value, has_chunk: list, mask_ME: jax.A
         store(ref, index, value, mask_ME & has)
 
 
-def _for_own_tokens(sizes: Sizes, body, carry):
-    """Runs body(token of the block, carry) -> carry over those of this program that there are."""
-    left = sizes.tokens - pl.program_id(0) * sizes.run
-    return jax.lax.fori_loop(0, jnp.minimum(sizes.run, left), body, carry)
-
-
 def _rms_factor(squares_M: jax.Array, sizes: Sizes, options: MergeOptions) -> jax.Array:
     """1 / rms of each head (M, 1), from the sums of its squares."""
     return jax.lax.rsqrt(squares_M / sizes.head_dim + options.eps)[:, None]
@@ -186,7 +188,7 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
         triton.store(out["window_norm"].at[t], window_norm)
         return carry
 
-    _for_own_tokens(sizes, token, None)
+    jax.lax.fori_loop(0, own_tokens(sizes), token, None)
 
 
 def _backward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
@@ -207,5 +209,6 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
         _store_part(out["fast"], (_ALL, t), dfast, in_fast, mask_ME)
         return sums + gate * dy * normed
 
-    sums = _for_own_tokens(sizes, token, jnp.zeros(sizes.tile, jnp.float32))
+    zeros = jnp.zeros(sizes.tile, jnp.float32)
+    sums = jax.lax.fori_loop(0, own_tokens(sizes), token, zeros)
     store(out["scale"], (_ALL, _ALL), sums, mask_ME)

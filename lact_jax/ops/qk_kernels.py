@@ -9,6 +9,10 @@ layer. XLA takes a pass over memory for every reduction, rotation and regrouping
 pass reads z once, and the backward pass z and the cotangents. The plain form is in `models.lact`
 and `models.layers`, and the tests hold both to each other.
 
+What bounds such kernels beside memory is how many instructions and exchanges between warps a token
+takes. So they hold for every set of readers a loop of its own (`_in_own_case`), few warps share a
+token, and all of a token's numbers are on their way before the first sum over them.
+
 Letters: B batch, C chunks, S tokens of a chunk, D width, N attention heads, K head width,
 P = K / 2, M fast-weight heads, E their width (ME = NK = D), h as in `qk_tiles`.
 """
@@ -21,11 +25,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lact_jax.ops.chunk_kernels import ChunkRange, call_by_name, exists, for_own_tokens, load, multiply_add, store, within
-from lact_jax.ops.qk_tiles import MAX_LANES, Sizes
+from lact_jax.ops.chunk_kernels import (
+    ChunkRange,
+    call_by_name,
+    exists,
+    load,
+    multiply_add,
+    own_tokens,
+    store,
+    within,
+)
+from lact_jax.ops.qk_tiles import BACKWARD, FORWARD, MAX_LANES, SUMS, Program, Sizes
 
 _VECTORS = "bias", "norm_scale", "fast_scale", "fast_offset"
-_READERS = "window", "fast"
+_EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ def fits(num_heads: int, head_dim: int, fast_heads: int) -> bool:
     more numbers of a token than registers hold."""
     if num_heads % fast_heads:
         return False
-    sizes = Sizes.of((1, 1, 1, num_heads * head_dim), head_dim, fast_heads)
+    sizes = Sizes.of((1, 1, 1, num_heads * head_dim), head_dim, fast_heads, BACKWARD)
     return sizes.lanes <= MAX_LANES
 
 
@@ -81,7 +94,7 @@ def window_and_fast(
 
 def _forward(z_BCSD, bias_D, rotation_CSP2, norm_scale_D, fast_scale_D, fast_offset_D, options):
     residuals = z_BCSD, bias_D, rotation_CSP2, norm_scale_D, fast_scale_D, fast_offset_D
-    sizes, arrays = _inputs(residuals, options)
+    sizes, arrays = _inputs(residuals, options, FORWARD)
     like = partial(jax.ShapeDtypeStruct, dtype=z_BCSD.dtype)
     out = {
         "window": [like(sizes.window_shape(chunks)) for chunks in options.window],
@@ -94,8 +107,8 @@ def _forward(z_BCSD, bias_D, rotation_CSP2, norm_scale_D, fast_scale_D, fast_off
 
 
 def _backward(options, residuals, cotangents):
-    z_BCSD, bias_D, *_ = residuals
-    sizes, arrays = _inputs(residuals, options)
+    z_BCSD, bias_D, _, norm_scale_D, fast_scale_D, _ = residuals
+    sizes, arrays = _inputs(residuals, options, BACKWARD)
     window, fast = (
         [x.reshape(shape(chunks)) for x, chunks in zip(arrays, ranges, strict=True)]
         for arrays, ranges, shape in zip(
@@ -105,26 +118,30 @@ def _backward(options, residuals, cotangents):
             strict=True,
         )
     )
-    out = {name: jax.ShapeDtypeStruct(sizes.sums_shape, jnp.float32) for name in _VECTORS}
-    out["z"] = jax.ShapeDtypeStruct(arrays["z"].shape, z_BCSD.dtype)
     arrays |= {"window": window, "fast": fast}
+    out = {
+        "z": jax.ShapeDtypeStruct(arrays["z"].shape, z_BCSD.dtype),
+        "sums": jax.ShapeDtypeStruct(sizes.sums_shape, jnp.float32),
+    }
     out = _run(_backward_kernel, arrays, out, sizes, options)
-    dz_BCSD = out["z"].reshape(z_BCSD.shape)
-    dbias_D, *sums = (jnp.sum(out[name], axis=(0, 1, 2)).reshape(-1) for name in _VECTORS)
-    return dz_BCSD, dbias_D.astype(bias_D.dtype), None, *sums
+    sums = jnp.sum(out["sums"], axis=(0, 1, 2)).reshape(SUMS, -1)
+    dbias_D, window_D, fast_D, doffset_D = sums
+    dscales = window_D + fast_scale_D * fast_D, norm_scale_D * fast_D
+    return out["z"].reshape(z_BCSD.shape), dbias_D.astype(bias_D.dtype), None, *dscales, doffset_D
 
 
 window_and_fast.defvjp(_forward, _backward)
 
 
-def _inputs(residuals: tuple, options: QKOptions) -> tuple[Sizes, dict]:
+def _inputs(residuals: tuple, options: QKOptions, program: Program) -> tuple[Sizes, dict]:
     """The sizes, and the arrays that both passes read by name."""
     z_BCSD, bias_D, rotation_CSP2, *vectors_D = residuals
-    sizes = Sizes.of(z_BCSD.shape, 2 * rotation_CSP2.shape[2], options.fast_heads)
+    head_dim = 2 * rotation_CSP2.shape[2]
+    sizes = Sizes.of(z_BCSD.shape, head_dim, options.fast_heads, program)
     vectors = dict(zip(_VECTORS, (bias_D, *vectors_D), strict=True))
     return sizes, {
         "z": z_BCSD.reshape(sizes.window_shape((0, sizes.chunks))),
-        "rotation": rotation_CSP2.reshape(*rotation_CSP2.shape[:2], -1),
+        "rotation": rotation_CSP2.reshape(*rotation_CSP2.shape[:2], head_dim),
         **{name: vector_D.reshape(sizes.token) for name, vector_D in vectors.items()},
     }
 
@@ -136,11 +153,11 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
         "rotation": sizes.rotation_block(),
         "window": list(map(sizes.window_block, options.window)),
         "fast": list(map(sizes.fast_block, options.fast)),
+        "sums": sizes.sums_block(),
+        **dict.fromkeys(_VECTORS, sizes.vector_block()),
     }
-    in_blocks = blocks | dict.fromkeys(_VECTORS, sizes.vector_block())
-    out_blocks = blocks | dict.fromkeys(_VECTORS, sizes.sums_block())
     return call_by_name(
-        kernel, arrays, out, in_blocks, out_blocks,
+        kernel, arrays, out, blocks, blocks,
         sizes=sizes, options=options, warps=sizes.warps, name="qk",
     )  # fmt: skip
 
@@ -148,94 +165,81 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
 # The kernels. They hold a token as a list of pieces (M, h, K).
 
 
-def _cases(options: QKOptions, chunks: int) -> list[tuple[ChunkRange, list[int], list[int]]]:
-    """Runs of chunks with the same readers: their range, and the places of the arrays of `window`
-    and `fast` that have them."""
-    ends = sorted({0, chunks, *itertools.chain(*options.window, *options.fast)})
-    return [
-        ((first, end), *(_having(first, ranges) for ranges in (options.window, options.fast)))
-        for first, end in itertools.pairwise(ends)
-    ]
+def _in_own_case(body, arrays: dict, sizes: Sizes, options: QKOptions) -> None:
+    """Runs body(window, fast) with those of the readers' arrays that have this program's chunk.
 
-
-def _having(chunk: int, ranges: tuple[ChunkRange, ...]) -> list[int]:
-    return [i for i, (first, end) in enumerate(ranges) if first <= chunk < end]
-
-
-def _for_own_case(body, refs: list[dict], sizes: Sizes, options: QKOptions) -> None:
-    """Runs body(*refs) with the readers' arrays that have this program's chunk, and no others.
-
-    The code is there once for each case. What a token lacks is thus not computed, and costs no
-    masked instructions.
+    The body is compiled once for each run of chunks with the same readers: so a program computes
+    nothing that nobody reads, and has no instructions that a mask turns off.
     """
-    for chunks, *places in _cases(options, sizes.chunks):
-        own = [
-            refs_by_name | {
-                name: [refs_by_name[name][i] for i in indices]
-                for name, indices in zip(_READERS, places, strict=True) if name in refs_by_name
-            }
-            for refs_by_name in refs
-        ]  # fmt: skip
-        (is_own,) = within((chunks,))
-        pl.when(is_own)(partial(body, *own))
+    ranges = *options.window, *options.fast
+    ends = sorted({0, sizes.chunks, *itertools.chain(*ranges)})
+    for first, end in itertools.pairwise(ends):
+        window, fast = (
+            [ref for ref, (start, stop) in zip(refs, ranges, strict=True) if start <= first < stop]
+            for refs, ranges in (
+                (arrays["window"], options.window), (arrays["fast"], options.fast),
+            )
+        )  # fmt: skip
+        (has_chunk,) = within(((first, end),))
+        pl.when(has_chunk)(partial(body, window, fast))
 
 
-class _Token:
-    """Reads parameters and tokens for both kernels, and does what both do first.
+def _window_at(t):
+    """Where a piece of token t is in a block with the layout of attention."""
+    return lambda piece: (t, _EVERY, piece)
 
-    Attributes:
-      pieces: indices of a token's pieces.
-      exists_MhK: which lanes of a piece are not padding.
-    """
+
+def _fast_at(t):
+    """Where a piece of token t is in a block with the layout of the fast weights."""
+    return lambda piece: (_EVERY, t, piece)
+
+
+class _Tokens:
+    """Reads and writes tokens for both kernels, and does what both do with one."""
 
     def __init__(self, refs: dict, sizes: Sizes, options: QKOptions):
         self.refs, self.sizes, self.options = refs, sizes, options
-        self.pieces = range(sizes.pieces)
         self.exists_MhK = exists(sizes.tile, sizes.piece)
 
-    def multiply_add(self, a, b, c) -> jax.Array:
-        """a b + c (M, h, K), of what broadcasts to that."""
-        shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (a, b, c)))
-        whole = (jnp.broadcast_to(x, shape) for x in (a, b, c))
-        return multiply_add(*whole, self.options.interpret)
+    def load(self, ref, at) -> list[jax.Array]:
+        return [load(ref, at(i), self.exists_MhK) for i in range(self.sizes.pieces)]
 
-    def products(self, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-        """The sum of a b over the pieces: (M, h, K)."""
-        total = a[0] * b[0]
-        for x, y in zip(a[1:], b[1:], strict=True):
-            total = self.multiply_add(x, y, total)
-        return total
+    def store(self, ref, at, pieces: list[jax.Array]) -> None:
+        for i, piece in enumerate(pieces):
+            store(ref, at(i), piece, self.exists_MhK)
 
     def vector(self, name: str) -> list[jax.Array]:
         """A parameter. Read for every token, from cache: there are no registers left for it."""
-        return [load(self.refs[name], (slice(None), i), self.exists_MhK) for i in self.pieces]
-
-    def part(self, name: str, index) -> list[jax.Array]:
-        """A token's pieces of one of the readers' arrays, or the sum of those of several."""
-        loads = (
-            [load(ref, index(i), self.exists_MhK) for i in self.pieces] for ref in self.refs[name]
-        )
-        return reduce(lambda a, b: list(map(jnp.add, a, b)), loads)
+        return self.load(self.refs[name], lambda piece: (_EVERY, piece))
 
     def rotation(self, t) -> tuple[jax.Array, jax.Array]:
-        """cos and sin for every pair of a piece: (M, h, P) each.
-
-        Each thread loads those of its own pairs, which spares an exchange through shared memory.
-        """
+        """cos and sin of every pair of a piece: (M, h, P) each. A thread reads those of its own
+        pairs, which spares an exchange between threads."""
         lane_MhK = jax.lax.broadcasted_iota(jnp.int32, self.sizes.tile, 2)
-        return _halves(_pairs(load(self.refs["rotation"], (t, lane_MhK), self.exists_MhK)))
+        return _halves(load(self.refs["rotation"], (t, lane_MhK), self.exists_MhK))
 
-    def rotate(self, x_MhK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def add_product(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        """a b + c; a has the shape of all."""
+        b, c = (jnp.broadcast_to(x, a.shape) for x in (b, c))
+        return multiply_add(a, b, c, self.options.interpret)
+
+    def products(self, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+        """The sum of a b over the pieces: (M, h, K)."""
+        rest = zip(a[1:], b[1:], strict=True)
+        return reduce(lambda total, pair: self.add_product(*pair, total), rest, a[0] * b[0])
+
+    def rotate(self, pieces: list[jax.Array], cos, sin) -> list[jax.Array]:
         """`ops.rope.apply_rope` of one token; its transpose with the negative of sin."""
-        even, odd = _halves(_pairs(x_MhK))
-        pair = (
-            self.multiply_add(odd, -sin, even * cos),
-            self.multiply_add(even, sin, odd * cos),
-        )
-        return jnp.concatenate([half[..., None] for half in pair], axis=-1).reshape(x_MhK.shape)
 
-    def z(self, t) -> list[jax.Array]:
-        return [load(self.refs["z"], (t, slice(None), i), self.exists_MhK) for i in self.pieces]
+        def piece(x_MhK):
+            even, odd = _halves(x_MhK)
+            even, odd = (
+                self.add_product(odd, -sin, even * cos),
+                self.add_product(even, sin, odd * cos),
+            )
+            return _joined(even, odd).reshape(x_MhK.shape)
+
+        return list(map(piece, pieces))
 
     def normed(self, z: list[jax.Array]) -> tuple[jax.Array, list, list]:
         """Of x = z + bias: 1 / rms(x); x / rms(x); n = RMSNorm(x), rounded to z's dtype."""
@@ -248,103 +252,120 @@ class _Token:
         return rrms, normed, [piece.astype(dtype).astype(jnp.float32) for piece in scaled]
 
     def y(self, n: list[jax.Array]) -> list[jax.Array]:
-        """What the fast weights read before rotation and L2 norm."""
-        vectors = self.vector("fast_scale"), self.vector("fast_offset")
-        return list(map(self.multiply_add, n, *vectors))
+        """What the fast weights read, before RoPE and L2 norm."""
+        return list(
+            map(self.add_product, n, self.vector("fast_scale"), self.vector("fast_offset"))
+        )
+
+    def dy(self, y: list[jax.Array], dfast: list[jax.Array]) -> list[jax.Array]:
+        """The cotangent of y from that of the fast weights' input with RoPE undone: it keeps norms
+        and products, so that y need not be rotated."""
+        squares, along = _for_each(self.products(y, y), self.products(dfast, y))
+        norm = jnp.sqrt(squares)
+        factor = 1 / (norm + self.options.l2_eps)
+        along = -along * factor * factor / jnp.where(norm > 0, norm, 1.0)
+        return [self.add_product(x, along, dx * factor) for x, dx in zip(y, dfast, strict=True)]
 
 
 def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
-    def run(out):
-        reader = _Token(refs, sizes, options)
+    tokens, count = _Tokens(refs, sizes, options), own_tokens(sizes)
 
-        def store_all(name, index, pieces):
-            for ref in out[name]:
-                for i, piece in enumerate(pieces):
-                    store(ref, index(i), piece, reader.exists_MhK)
-
+    def own_case(window, fast):
         def token(t, carry):
             """Token t of this program, from its loads to its stores; nothing is carried."""
-            z, (cos, sin) = reader.z(t), reader.rotation(t)
-            _, _, n = reader.normed(z)
-            if out["window"]:
-                rotated = [reader.rotate(piece, cos, sin) for piece in n]
-                store_all("window", lambda i: (t, slice(None), i), rotated)
-            if out["fast"]:
-                y = reader.y(n)
-                norm = jnp.sqrt(_for_each(reader.products(y, y)))
-                factor = 1 / (norm + options.l2_eps)
-                cos, sin = cos * factor, sin * factor
-                rotated = [reader.rotate(piece, cos, sin) for piece in y]
-                store_all("fast", lambda i: (slice(None), t, i), rotated)
+            cos, sin = tokens.rotation(t)
+            _, _, n = tokens.normed(tokens.load(refs["z"], _window_at(t)))
+            if window:
+                rotated = tokens.rotate(n, cos, sin)
+                for ref in window:
+                    tokens.store(ref, _window_at(t), rotated)
+            if fast:
+                y = tokens.y(n)
+                (squares,) = _for_each(tokens.products(y, y))
+                factor = 1 / (jnp.sqrt(squares) + options.l2_eps)
+                rotated = tokens.rotate(y, cos * factor, sin * factor)
+                for ref in fast:
+                    tokens.store(ref, _fast_at(t), rotated)
             return carry
 
-        for_own_tokens(sizes, token, None)
+        jax.lax.fori_loop(0, count, token, None)
 
-    _for_own_case(run, [out], sizes, options)
+    _in_own_case(own_case, out, sizes, options)
 
 
 def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
-    def run(refs):
-        reader = _Token(refs, sizes, options)
-        add = reader.multiply_add
+    tokens, count = _Tokens(refs, sizes, options), own_tokens(sizes)
+    add_product = tokens.add_product
+    zeros = [jnp.zeros(sizes.tile, jnp.float32)] * sizes.pieces
+
+    def own_case(window, fast):
+        def cotangent(arrays, at) -> list[jax.Array]:
+            """A token's, from all arrays that have it."""
+            parts = (tokens.load(ref, at) for ref in arrays)
+            return reduce(lambda a, b: list(map(jnp.add, a, b)), parts)
 
         def token(t, sums):
-            """Token t of this program: stores its dz, adds its terms to the sums."""
-            every = slice(None)
-            z, (cos, sin) = reader.z(t), reader.rotation(t)
-            window = reader.part("window", lambda i: (t, every, i)) if refs["window"] else None
-            fast = reader.part("fast", lambda i: (every, t, i)) if refs["fast"] else None
-            rrms, normed, n = reader.normed(z)
-            sums = dict(sums)
-            dn = None
+            """Token t of this program: stores its dz, adds its terms to the sums.
+
+            These are dz, and over normed = x / rms(x) that of the scales in two parts:
+            dwindow * normed and dy * normed; at last dy.
+            """
+            sum_dz, sum_window, sum_fast, sum_dy = sums
+            cos, sin = tokens.rotation(t)
+            z = tokens.load(refs["z"], _window_at(t))
+            dwindow = cotangent(window, _window_at(t)) if window else zeros
+            dfast = cotangent(fast, _fast_at(t)) if fast else zeros
+            rrms, normed, n = tokens.normed(z)
+            dn = zeros
             if window:
-                dn = [reader.rotate(piece, cos, -sin) for piece in window]
+                dn = tokens.rotate(dwindow, cos, -sin)
+                sum_window = list(map(add_product, dn, normed, sum_window))
             if fast:
-                # RoPE keeps norms and products, so neither needs y rotated.
-                y, dfast = reader.y(n), [reader.rotate(piece, cos, -sin) for piece in fast]
-                squares, along = _for_each(reader.products(y, y)), _for_each(reader.products(dfast, y))
-                norm = jnp.sqrt(squares)
-                factor = 1 / (norm + options.l2_eps)
-                along = -along * factor * factor / jnp.where(norm > 0, norm, 1.0)
-                dy = [add(piece, along, d * factor) for piece, d in zip(y, dfast)]
-                sums["fast_scale"] = list(map(add, dy, n, sums["fast_scale"]))
-                sums["fast_offset"] = list(map(jnp.add, dy, sums["fast_offset"]))
-                scale = reader.vector("fast_scale")
-                dn = list(map(add, dy, scale, dn)) if dn else list(map(jnp.multiply, dy, scale))
-            if dn is None:
-                dn = [jnp.zeros(sizes.tile, jnp.float32)] * sizes.pieces
-            sums["norm_scale"] = list(map(add, dn, normed, sums["norm_scale"]))
-            dnormed = list(map(jnp.multiply, dn, reader.vector("norm_scale")))
-            along = _for_all(reader.products(dnormed, normed)) * (-1 / sizes.width)
-            dz = [add(x, along, d) * rrms for x, d in zip(normed, dnormed)]
-            for i, piece in enumerate(dz):
-                store(out["z"], (t, every, i), piece, reader.exists_MhK)
-            sums["bias"] = list(map(jnp.add, dz, sums["bias"]))
-            return sums
+                dy = tokens.dy(tokens.y(n), tokens.rotate(dfast, cos, -sin))
+                dn = list(map(add_product, dy, tokens.vector("fast_scale"), dn))
+                sum_fast = list(map(add_product, dy, normed, sum_fast))
+                sum_dy = list(map(jnp.add, dy, sum_dy))
+            dnormed = list(map(jnp.multiply, dn, tokens.vector("norm_scale")))
+            along = _for_all(tokens.products(dnormed, normed)) * (-1 / sizes.width)
+            dz = [
+                add_product(x, along, dx) * rrms for x, dx in zip(normed, dnormed, strict=True)
+            ]
+            tokens.store(out["z"], _window_at(t), dz)
+            return list(map(jnp.add, dz, sum_dz)), sum_window, sum_fast, sum_dy
 
-        zeros = [jnp.zeros(sizes.tile, jnp.float32) for _ in reader.pieces]
-        sums = for_own_tokens(sizes, token, dict.fromkeys(_VECTORS, zeros))
-        for name, pieces in sums.items():
-            for i, total in enumerate(pieces):
-                store(out[name], (slice(None), i), total, reader.exists_MhK)
+        sums = jax.lax.fori_loop(0, count, token, (zeros,) * SUMS)
+        for place, total in enumerate(sums):
+            tokens.store(out["sums"], partial(_sum_at, place), total)
 
-    _for_own_case(run, [refs], sizes, options)
+    _in_own_case(own_case, refs, sizes, options)
 
 
-def _pairs(x_MhK: jax.Array) -> jax.Array:
-    """(M, h, P, 2)."""
-    return x_MhK.reshape(*x_MhK.shape[:-1], -1, 2)
+def _sum_at(place: int, piece: int) -> tuple:
+    return place, _EVERY, piece
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x[..., 0] and x[..., 1]; a kernel can't index an array."""
-    halves = jax.lax.split(x, (1, 1), axis=x.ndim - 1)
-    return tuple(half.reshape(x.shape[:-1]) for half in halves)
+    """The even and the odd numbers of the last axis. What a thread has in pairs it splits without
+    an exchange; a kernel can't index an array."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    halves = jax.lax.split(pairs, (1, 1), axis=x.ndim)
+    return tuple(half.reshape(pairs.shape[:-1]) for half in halves)
 
 
-def _for_each(x_MhK: jax.Array) -> jax.Array:
-    """The sum over each fast head: (M, 1, 1)."""
-    return jnp.sum(x_MhK.reshape(x_MhK.shape[0], -1), axis=1)[:, None, None]
+def _joined(*halves: jax.Array) -> jax.Array:
+    """(..., 2)."""
+    return jnp.concatenate([half[..., None] for half in halves], axis=-1)
+
+
+def _for_each(*sums: jax.Array) -> tuple[jax.Array, ...]:
+    """One or two (M, h, K) summed over each fast head, in one exchange: (M, 1, 1) each."""
+    fast_heads = sums[0].shape[0]
+    if len(sums) == 1:
+        totals = (jnp.sum(sums[0].reshape(fast_heads, -1), axis=1),)
+    else:
+        total_M2 = jnp.sum(_joined(*sums).reshape(fast_heads, -1, 2), axis=1)
+        totals = (half.reshape(-1) for half in _halves(total_M2))
+    return tuple(total[:, None, None] for total in totals)
 
 
 def _for_all(x_MhK: jax.Array) -> jax.Array:

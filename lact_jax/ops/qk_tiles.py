@@ -12,11 +12,29 @@ from jax.experimental import pallas as pl
 from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place
 
 WARP_THREADS = 32
-# Of each array a thread holds at most so many numbers of a token. Fewer than 4 warps were slower on
-# an H200 for the 1536 numbers of ar_chunk3f, and 8 too.
-LANES_PER_THREAD = 16
-MIN_WARPS, MAX_WARPS = 4, 16
-MAX_LANES = MAX_WARPS * WARP_THREADS * LANES_PER_THREAD
+# Forward and backward pass of a token in `SUMS` sums hold at most so many numbers of it.
+MAX_LANES = 8192
+# Over its tokens a program of the backward pass adds up: dz; the terms of the norm's scale from
+# window attention; those of both scales from the fast weights, without the scales; dy.
+SUMS = 4
+
+
+@dataclass(frozen=True)
+class Program:
+    """How much a program has to do.
+
+    Attributes:
+      tokens: it goes through so many, one after the other.
+      lanes: of each array a thread holds at most so many numbers of a token. The fewer threads
+        share a token the less they have to exchange, until registers run out.
+    """
+
+    tokens: int
+    lanes: int
+
+
+FORWARD = Program(tokens=10, lanes=24)
+BACKWARD = Program(tokens=40, lanes=24)
 
 
 @dataclass(frozen=True)
@@ -32,14 +50,21 @@ class Sizes(TokenRuns):
     """
 
     token: tuple[int, int, int, int]
+    program: Program
 
     @classmethod
-    def of(cls, shape_BCSD: tuple[int, ...], head_dim: int, fast_heads: int) -> "Sizes":
+    def of(
+        cls, shape_BCSD: tuple[int, ...], head_dim: int, fast_heads: int, program: Program
+    ) -> "Sizes":
         """Sizes of q or k (B, C, S, D) in heads of `head_dim`."""
         *sizes, width = shape_BCSD
         heads = width // (fast_heads * head_dim)
         together = heads & -heads
-        return cls(*sizes, (fast_heads, heads // together, together, head_dim))
+        return cls(*sizes, (fast_heads, heads // together, together, head_dim), program)
+
+    @property
+    def longest_run(self) -> int:
+        return self.program.tokens
 
     @property
     def width(self) -> int:
@@ -69,8 +94,7 @@ class Sizes(TokenRuns):
 
     @property
     def warps(self) -> int:
-        needed = pl.next_power_of_2(pl.cdiv(self.lanes, WARP_THREADS * LANES_PER_THREAD))
-        return max(needed, MIN_WARPS)
+        return pl.next_power_of_2(pl.cdiv(self.lanes, WARP_THREADS * self.program.lanes))
 
     # Shapes.
 
@@ -86,7 +110,7 @@ class Sizes(TokenRuns):
     @property
     def sums_shape(self) -> tuple[int, ...]:
         """Of each program's sums over its tokens."""
-        return self.batch, self.chunks, self.grid[0], *self.token
+        return self.batch, self.chunks, self.grid[0], SUMS, *self.token
 
     # Blocks.
 
@@ -113,8 +137,8 @@ class Sizes(TokenRuns):
 
     def sums_block(self) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (None, None, None, *self._token_block),
-            lambda run, chunk, clip: (clip, chunk, run, 0, 0, 0, 0),
+            (None, None, None, SUMS, *self._token_block),
+            lambda run, chunk, clip: (clip, chunk, run, 0, 0, 0, 0, 0),
         )
 
     @property
