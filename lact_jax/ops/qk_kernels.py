@@ -14,7 +14,7 @@ takes. So they hold for every set of readers a loop of its own (`_in_own_case`),
 token, and all of a token's numbers are on their way before the first sum over them.
 
 Letters: B batch, C chunks, S tokens of a chunk, D width, N attention heads, K head width,
-P = K / 2, M fast-weight heads, E their width (ME = NK = D), h as in `qk_tiles`.
+P = K / 2, M fast-weight heads, E their width (ME = NK = D), L as in `qk_tiles`.
 """
 
 import itertools
@@ -101,7 +101,7 @@ def _forward(z_BCSD, bias_D, rotation_CSP2, norm_scale_D, fast_scale_D, fast_off
         "fast": [like(sizes.fast_shape(chunks)) for chunks in options.fast],
     }
     out = _run(_forward_kernel, arrays, out, sizes, options)
-    window = tuple(x.reshape(*x.shape[:3], -1, x.shape[-1]) for x in out["window"])
+    window = tuple(x.reshape(*x.shape[:3], -1, sizes.head_dim) for x in out["window"])
     fast = tuple(x.reshape(*x.shape[:4], -1) for x in out["fast"])
     return (window, fast), residuals
 
@@ -162,7 +162,7 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
     )  # fmt: skip
 
 
-# The kernels. They hold a token as a list of pieces (M, h, K).
+# The kernels. They hold a token as a list of pieces (M, L).
 
 
 def _in_own_case(body, arrays: dict, sizes: Sizes, options: QKOptions) -> None:
@@ -199,24 +199,25 @@ class _Tokens:
 
     def __init__(self, refs: dict, sizes: Sizes, options: QKOptions):
         self.refs, self.sizes, self.options = refs, sizes, options
-        self.exists_MhK = exists(sizes.tile, sizes.piece)
+        self.exists_ML = exists(sizes.tile, sizes.piece)
 
     def load(self, ref, at) -> list[jax.Array]:
-        return [load(ref, at(i), self.exists_MhK) for i in range(self.sizes.pieces)]
+        return [load(ref, at(i), self.exists_ML) for i in range(self.sizes.pieces)]
 
     def store(self, ref, at, pieces: list[jax.Array]) -> None:
         for i, piece in enumerate(pieces):
-            store(ref, at(i), piece, self.exists_MhK)
+            store(ref, at(i), piece, self.exists_ML)
 
     def vector(self, name: str) -> list[jax.Array]:
         """A parameter. Read for every token, from cache: there are no registers left for it."""
         return self.load(self.refs[name], lambda piece: (_EVERY, piece))
 
     def rotation(self, t) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of every pair of a piece: (M, h, P) each. A thread reads those of its own
+        """cos and sin of every pair of a piece: (M, L / 2) each. A thread reads those of its own
         pairs, which spares an exchange between threads."""
-        lane_MhK = jax.lax.broadcasted_iota(jnp.int32, self.sizes.tile, 2)
-        return _halves(load(self.refs["rotation"], (t, lane_MhK), self.exists_MhK))
+        lane_ML = jax.lax.broadcasted_iota(jnp.int32, self.sizes.tile, 1)
+        of_head_ML = jax.lax.rem(lane_ML, jnp.int32(self.sizes.head_dim))
+        return _halves(load(self.refs["rotation"], (t, of_head_ML), self.exists_ML))
 
     def add_product(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
         """a b + c; a has the shape of all."""
@@ -224,20 +225,20 @@ class _Tokens:
         return multiply_add(a, b, c, self.options.interpret)
 
     def products(self, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-        """The sum of a b over the pieces: (M, h, K)."""
+        """The sum of a b over the pieces: (M, L)."""
         rest = zip(a[1:], b[1:], strict=True)
         return reduce(lambda total, pair: self.add_product(*pair, total), rest, a[0] * b[0])
 
     def rotate(self, pieces: list[jax.Array], cos, sin) -> list[jax.Array]:
         """`ops.rope.apply_rope` of one token; its transpose with the negative of sin."""
 
-        def piece(x_MhK):
-            even, odd = _halves(x_MhK)
+        def piece(x_ML):
+            even, odd = _halves(x_ML)
             even, odd = (
                 self.add_product(odd, -sin, even * cos),
                 self.add_product(even, sin, odd * cos),
             )
-            return _joined(even, odd).reshape(x_MhK.shape)
+            return _joined(even, odd).reshape(x_ML.shape)
 
         return list(map(piece, pieces))
 
@@ -283,7 +284,7 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
                 y = tokens.y(n)
                 (squares,) = _for_each(tokens.products(y, y))
                 factor = 1 / (jnp.sqrt(squares) + options.l2_eps)
-                rotated = tokens.rotate(y, cos * factor, sin * factor)
+                rotated = tokens.rotate([piece * factor for piece in y], cos, sin)
                 for ref in fast:
                     tokens.store(ref, _fast_at(t), rotated)
             return carry
@@ -358,16 +359,14 @@ def _joined(*halves: jax.Array) -> jax.Array:
 
 
 def _for_each(*sums: jax.Array) -> tuple[jax.Array, ...]:
-    """One or two (M, h, K) summed over each fast head, in one exchange: (M, 1, 1) each."""
-    fast_heads = sums[0].shape[0]
+    """One or two (M, L) summed over each fast head, in one exchange: (M, 1) each."""
     if len(sums) == 1:
-        totals = (jnp.sum(sums[0].reshape(fast_heads, -1), axis=1),)
+        totals = (jnp.sum(sums[0], axis=1),)
     else:
-        total_M2 = jnp.sum(_joined(*sums).reshape(fast_heads, -1, 2), axis=1)
-        totals = (half.reshape(-1) for half in _halves(total_M2))
-    return tuple(total[:, None, None] for total in totals)
+        totals = (half.reshape(-1) for half in _halves(jnp.sum(_joined(*sums), axis=1)))
+    return tuple(total_M[:, None] for total_M in totals)
 
 
-def _for_all(x_MhK: jax.Array) -> jax.Array:
+def _for_all(x_ML: jax.Array) -> jax.Array:
     """The sum over all, a scalar."""
-    return jnp.sum(x_MhK.reshape(-1))
+    return jnp.sum(x_ML.reshape(-1))

@@ -1,7 +1,7 @@
 """How the kernels of `qk_kernels` cut their arrays: shapes, and each program's block of them.
 
 Letters: B batch, C chunks, S tokens of a chunk, D width, K head width, M fast-weight heads,
-h attention heads that are held together.
+L numbers of a piece of a fast head.
 """
 
 import math
@@ -44,12 +44,16 @@ class Sizes(TokenRuns):
     Where an array has a range of the chunks only, a program of another chunk is given some block,
     which it masks.
 
-    token: a token's numbers as (M, pieces, h, K). h is the largest power of two that divides the
-      attention heads of a fast one. Blocks have to be powers of two: were it all one piece, the 6
-      heads of ar_chunk3f would be padded to 8, and the kernels are busy enough.
+    head_dim: K.
+    token: a token's numbers as (M, pieces, L). A piece is as many whole attention heads as the
+      largest power of two that divides those of a fast head. Blocks have to be powers of two: were
+      it all one piece, the 6 heads of ar_chunk3f would be padded to 8, and the kernels are busy
+      enough.
+    program: of the pass.
     """
 
-    token: tuple[int, int, int, int]
+    head_dim: int
+    token: tuple[int, int, int]
     program: Program
 
     @classmethod
@@ -60,7 +64,8 @@ class Sizes(TokenRuns):
         *sizes, width = shape_BCSD
         heads = width // (fast_heads * head_dim)
         together = heads & -heads
-        return cls(*sizes, (fast_heads, heads // together, together, head_dim), program)
+        token = fast_heads, heads // together, together * head_dim
+        return cls(*sizes, head_dim, token, program)
 
     @property
     def longest_run(self) -> int:
@@ -73,18 +78,18 @@ class Sizes(TokenRuns):
 
     @property
     def pieces(self) -> int:
-        """In how many arrays (M, h, K) the kernels hold a token."""
+        """In how many arrays (M, L) the kernels hold a token."""
         return self.token[1]
 
     @property
-    def piece(self) -> tuple[int, int, int]:
-        """(M, h, K)."""
-        fast_heads, _, together, head_dim = self.token
-        return fast_heads, together, head_dim
+    def piece(self) -> tuple[int, int]:
+        """(M, L)."""
+        fast_heads, _, length = self.token
+        return fast_heads, length
 
     @property
-    def tile(self) -> tuple[int, int, int]:
-        """(M, h, K) padded to powers of two."""
+    def tile(self) -> tuple[int, int]:
+        """(M, L) padded to powers of two."""
         return tuple(map(pl.next_power_of_2, self.piece))
 
     @property
@@ -104,8 +109,8 @@ class Sizes(TokenRuns):
 
     def fast_shape(self, chunks: ChunkRange) -> tuple[int, ...]:
         """Of an array with the layout of the fast weights."""
-        fast_heads, *head = self.token
-        return self.batch, chunks[1] - chunks[0], fast_heads, self.tokens, *head
+        fast_heads, *pieces = self.token
+        return self.batch, chunks[1] - chunks[0], fast_heads, self.tokens, *pieces
 
     @property
     def sums_shape(self) -> tuple[int, ...]:
@@ -117,31 +122,31 @@ class Sizes(TokenRuns):
     def window_block(self, chunks: ChunkRange) -> pl.BlockSpec:
         return pl.BlockSpec(
             (None, None, self.run, *self._token_block),
-            lambda run, chunk, clip: (clip, place(chunk, chunks), run, 0, 0, 0, 0),
+            lambda run, chunk, clip: (clip, place(chunk, chunks), run, 0, 0, 0),
         )
 
     def fast_block(self, chunks: ChunkRange) -> pl.BlockSpec:
-        fast_heads, *head = self._token_block
+        fast_heads, *pieces = self._token_block
         return pl.BlockSpec(
-            (None, None, fast_heads, self.run, *head),
-            lambda run, chunk, clip: (clip, place(chunk, chunks), 0, run, 0, 0, 0),
+            (None, None, fast_heads, self.run, *pieces),
+            lambda run, chunk, clip: (clip, place(chunk, chunks), 0, run, 0, 0),
         )
 
     def rotation_block(self) -> pl.BlockSpec:
         """Of cosines and sines in turn, (C, S, K)."""
-        block = (None, self.run, self.tile[2])
+        block = (None, self.run, pl.next_power_of_2(self.head_dim))
         return pl.BlockSpec(block, lambda run, chunk, clip: (chunk, run, 0))
 
     def vector_block(self) -> pl.BlockSpec:
-        return pl.BlockSpec(self._token_block, lambda run, chunk, clip: (0, 0, 0, 0))
+        return pl.BlockSpec(self._token_block, lambda run, chunk, clip: (0, 0, 0))
 
     def sums_block(self) -> pl.BlockSpec:
         return pl.BlockSpec(
             (None, None, None, SUMS, *self._token_block),
-            lambda run, chunk, clip: (clip, chunk, run, 0, 0, 0, 0, 0),
+            lambda run, chunk, clip: (clip, chunk, run, 0, 0, 0, 0),
         )
 
     @property
-    def _token_block(self) -> tuple[int, int, int, int]:
-        fast_heads, *head = self.tile
-        return fast_heads, self.pieces, *head
+    def _token_block(self) -> tuple[int, int, int]:
+        fast_heads, length = self.tile
+        return fast_heads, self.pieces, length
