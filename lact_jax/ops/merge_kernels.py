@@ -17,7 +17,6 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from lact_jax.ops.chunk_kernels import (

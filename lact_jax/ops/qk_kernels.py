@@ -254,9 +254,7 @@ class _Tokens:
 
     def y(self, n: list[jax.Array]) -> list[jax.Array]:
         """What the fast weights read, before RoPE and L2 norm."""
-        return list(
-            map(self.add_product, n, self.vector("fast_scale"), self.vector("fast_offset"))
-        )
+        return list(map(self.add_product, n, self.vector("fast_scale"), self.vector("fast_offset")))
 
     def dy(self, y: list[jax.Array], dfast: list[jax.Array]) -> list[jax.Array]:
         """The cotangent of y from that of the fast weights' input with RoPE undone: it keeps norms
@@ -328,9 +326,7 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
                 sum_dy = list(map(jnp.add, dy, sum_dy))
             dnormed = list(map(jnp.multiply, dn, tokens.vector("norm_scale")))
             along = _for_all(tokens.products(dnormed, normed)) * (-1 / sizes.width)
-            dz = [
-                add_product(x, along, dx) * rrms for x, dx in zip(normed, dnormed, strict=True)
-            ]
+            dz = [add_product(x, along, dx) * rrms for x, dx in zip(normed, dnormed, strict=True)]
             tokens.store(out["z"], _window_at(t), dz)
             return list(map(jnp.add, dz, sum_dz)), sum_window, sum_fast, sum_dy
 

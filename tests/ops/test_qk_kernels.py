@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import sharding
 
 from lact_jax.ops.numerics import l2_norm
 from lact_jax.ops.qk_kernels import QKOptions, fits, window_and_fast
@@ -123,6 +124,23 @@ def test_many_programs_count_all_tokens_and_zeros_have_finite_gradients():
     args = jnp.asarray(z, jnp.float32), zero, rotation, scale, fast_scale, zero
     got, want = both_ways(args, options(1, ((0, 2),), ((1, 2),)))
     check(got, want, jnp.float32, 2e-6)
+
+
+@pytest.mark.parametrize(("heads", "fast_heads"), [(12, 2), (40, 8), (5, 1)])
+def test_kernels_lower_for_cuda_to_one_call_each_way(heads, fast_heads):
+    def gradient(*args):
+        made = QKOptions(fast_heads, EPS, L2_EPS, ((0, 1), (1, 3)), ((1, 2),))
+        outputs, transpose = jax.vjp(lambda *args: window_and_fast(*args, made), *args)
+        return transpose(outputs)
+
+    width, like = heads * 128, partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    z = jax.ShapeDtypeStruct((1, 3, 77, width), jnp.bfloat16)
+    hopper = sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with sharding.use_abstract_mesh(sharding.AbstractMesh((), (), abstract_device=hopper)):
+        vectors = [like((width,))] * 3
+        traced = jax.jit(gradient).trace(z, like((width,)), like((3, 77, 64, 2)), *vectors)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 2
 
 
 @pytest.mark.parametrize(
