@@ -9,9 +9,9 @@ layer. XLA takes a pass over memory for every reduction, rotation and regrouping
 pass reads z once, and the backward pass z and the cotangents. The plain form is in `models.lact`
 and `models.layers`, and the tests hold both to each other.
 
-What bounds such kernels beside memory is how many instructions and exchanges between warps a token
-takes. So they hold for every set of readers a loop of its own (`_in_own_case`), few warps share a
-token, and all of a token's numbers are on their way before the first sum over them.
+Beside memory, instructions and exchanges between warps bound such kernels. So they have a loop for
+every set of readers (`_in_own_case`), few warps share a token, and all of its numbers are on their
+way before the first sum over them.
 
 Letters: B batch, C chunks, S tokens of a chunk, D width, N attention heads, K head width,
 P = K / 2, M fast-weight heads, E their width (ME = NK = D), L as in `qk_tiles`.
@@ -126,6 +126,7 @@ def _backward(options, residuals, cotangents):
     out = _run(_backward_kernel, arrays, out, sizes, options)
     sums = jnp.sum(out["sums"], axis=(0, 1, 2)).reshape(SUMS, -1)
     dbias_D, window_D, fast_D, doffset_D = sums
+    # The scales are factors of every token's term, so they wait until all are added up.
     dscales = window_D + fast_scale_D * fast_D, norm_scale_D * fast_D
     return out["z"].reshape(z_BCSD.shape), dbias_D.astype(bias_D.dtype), None, *dscales, doffset_D
 
@@ -171,17 +172,17 @@ def _in_own_case(body, arrays: dict, sizes: Sizes, options: QKOptions) -> None:
     The body is compiled once for each run of chunks with the same readers: so a program computes
     nothing that nobody reads, and has no instructions that a mask turns off.
     """
-    ranges = *options.window, *options.fast
-    ends = sorted({0, sizes.chunks, *itertools.chain(*ranges)})
-    for first, end in itertools.pairwise(ends):
-        window, fast = (
-            [ref for ref, (start, stop) in zip(refs, ranges, strict=True) if start <= first < stop]
-            for refs, ranges in (
-                (arrays["window"], options.window), (arrays["fast"], options.fast),
-            )
-        )  # fmt: skip
+    ends = {0, sizes.chunks, *itertools.chain(*options.window, *options.fast)}
+    for first, end in itertools.pairwise(sorted(ends)):
+        window = _with_chunk(first, arrays["window"], options.window)
+        fast = _with_chunk(first, arrays["fast"], options.fast)
         (has_chunk,) = within(((first, end),))
         pl.when(has_chunk)(partial(body, window, fast))
+
+
+def _with_chunk(chunk: int, refs: list, ranges: tuple[ChunkRange, ...]) -> list:
+    """Those of the arrays whose range has the chunk."""
+    return [ref for ref, (first, end) in zip(refs, ranges, strict=True) if first <= chunk < end]
 
 
 def _window_at(t):
@@ -300,20 +301,16 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     def own_case(window, fast):
         def cotangent(arrays, at) -> list[jax.Array]:
             """A token's, from all arrays that have it."""
-            parts = (tokens.load(ref, at) for ref in arrays)
-            return reduce(lambda a, b: list(map(jnp.add, a, b)), parts)
+            parts = [tokens.load(ref, at) for ref in arrays]
+            return reduce(lambda a, b: list(map(jnp.add, a, b)), parts) if parts else zeros
 
         def token(t, sums):
-            """Token t of this program: stores its dz, adds its terms to the sums.
-
-            These are dz, and over normed = x / rms(x) that of the scales in two parts:
-            dwindow * normed and dy * normed; at last dy.
-            """
+            """Token t of this program: stores its dz, adds its terms to the sums. These are dz,
+            the two readers' cotangents of n and of y times x / rms(x), and that of y."""
             sum_dz, sum_window, sum_fast, sum_dy = sums
             cos, sin = tokens.rotation(t)
             z = tokens.load(refs["z"], _window_at(t))
-            dwindow = cotangent(window, _window_at(t)) if window else zeros
-            dfast = cotangent(fast, _fast_at(t)) if fast else zeros
+            dwindow, dfast = cotangent(window, _window_at(t)), cotangent(fast, _fast_at(t))
             rrms, normed, n = tokens.normed(z)
             dn = zeros
             if window:
