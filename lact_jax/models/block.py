@@ -20,6 +20,7 @@ from lact_jax.models.mixer import attend_chunks
 from lact_jax.models.window import WindowAttention
 from lact_jax.ops import feed_forward, kernels, row_kernels
 from lact_jax.ops.norm_kernels import add_branch, add_norm, layer_norm
+from lact_jax.ops.rms_kernels import biased_rms_norm
 
 # Mixer name -> module; mixer.py says what a mixer is.
 MIXERS = {
@@ -38,7 +39,7 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, config.dtype
-        self.num_heads = config.num_heads
+        self.num_heads, self.eps, self.kernels = config.num_heads, config.eps, config.kernels
         for name in ("q", "k", "v", "o"):
             setattr(self, name, linear(dim, dim, dtype=dtype, rngs=rngs))
         self.norm_q = RMSNorm(dim, config.eps)
@@ -51,8 +52,21 @@ class CrossAttention(nnx.Module):
         """Keys and values of the text, (B, L, N, K) each: computed once a clip."""
         return self._heads(self.norm_k(self.k(text_BLD))), self._heads(self.v(text_BLD))
 
+    def _queries(self, x_BCSD: jax.Array) -> jax.Array:
+        """q (B, C, S, N, K)."""
+        fits = row_kernels.fits(x_BCSD.shape[-1])
+        backend = kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
+        if backend == "xla":
+            return self._heads(self.norm_q(self.q(x_BCSD)))
+        z_BCSD = without_bias(self.q, x_BCSD)
+        options = row_kernels.KernelOptions(
+            self.eps, z_BCSD.dtype, interpret=backend == "interpret"
+        )
+        vectors = self.q.bias[...], self.norm_q.scale[...]
+        return self._heads(biased_rms_norm(z_BCSD, *vectors, options))
+
     def __call__(self, x_BCSD: jax.Array, text_kv: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BCSNK = self._heads(self.norm_q(self.q(x_BCSD)))
+        q_BCSNK = self._queries(x_BCSD)
         k_BCLNK, v_BCLNK = (copy_for_chunks(x, x_BCSD.shape[1]) for x in text_kv)
         o_BCSNK = attend_chunks(q_BCSNK, k_BCLNK, v_BCLNK)
         return without_bias(self.o, rearrange(o_BCSNK, "b c s n k -> b c s (n k)"))
