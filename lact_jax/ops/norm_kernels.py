@@ -218,10 +218,13 @@ def _forward_kernel(refs, out, *, rows, shape, lanes, eps):
     """x = x + gate y + offset, h = (x - mean) rstd scale + shift, and each row's statistics."""
     _, tokens, width = shape
     row = Row(width, lanes)
-    gate, offset, scale, shift = load_vectors(row, refs, "gate", "offset", "scale", "shift")
+    gate, scale = load_vectors(row, refs, "gate", "scale")
 
     def body(r, carry):
         """Row r, from its loads to its stores; nothing is carried."""
+        # Two vectors are read for every row, from cache: registers for them would be taken from
+        # other programs.
+        offset, shift = load_vectors(row, refs, "offset", "shift")
         x = row.load(refs["x"], r)
         if "y" in refs:
             y = row.load(refs["y"], r)
