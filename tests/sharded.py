@@ -108,16 +108,16 @@ def present(stats: dict) -> dict:
     return {name: x[~np.isnan(x)] for name, x in stats.items()}
 
 
-def joined_rates(gradients: dict) -> dict:
-    """The learning rates' kernel and bias as one vector in every layer.
+def joined_projections(gradients: dict) -> dict:
+    """The kernel and bias of two narrow projections as one vector in every layer.
 
     Muon divides a common factor of a chunk's learning rates away: what is left as the gradient of
-    the bias alone is rounding.
+    their bias alone is rounding. That of the gate's bias is one number, whose terms all but cancel.
     """
     return {
         name: np.concatenate([np.ravel(x) for x in part.values()])
-        if name == "lr_proj"
-        else joined_rates(part)
+        if name in ("lr_proj", "ttt_scale_proj")
+        else joined_projections(part)
         if isinstance(part, dict)
         else part
         for name, part in gradients.items()
@@ -162,7 +162,7 @@ def compare(config: DiTConfig, shapes, batch: int, *, read: bool = False) -> dic
             "loss": abs(many.loss / one.loss - 1),
             "by_chunk": error(many.by_chunk, one.by_chunk),
             "stats": errors(many.stats, one.stats),
-            "gradients": errors(joined_rates(many.gradients), joined_rates(one.gradients)),
+            "gradients": errors(*map(joined_projections, (many.gradients, one.gradients))),
         }
         if read:
             found = collectives(many.compiled.as_text())

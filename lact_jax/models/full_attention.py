@@ -32,7 +32,7 @@ class FullAttention(QKVO):
         o_BCSNK, _ = attend_to_whole_chunks(
             partial(_attend_to_clean, layout=layout), *self.rotated(x_BCSD, rotation_CSP2)
         )
-        return self.o(rearrange(o_BCSNK, "b c s n k -> b c s (n k)")), {}
+        return self.output(rearrange(o_BCSNK, "b c s n k -> b c s (n k)")), {}
 
     def init_cache(self, batch: int) -> KeyValues:
         """An empty cache."""
@@ -50,7 +50,7 @@ class FullAttention(QKVO):
         """See mixer.py."""
         q, k, v = (y[:, 0] for y in self.rotated(x_BSD[:, None], rotation_SP2[None]))
         o_BSNK, past = attend_with_past(q, k, v, cache)
-        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), past
+        return self.output(rearrange(o_BSNK, "b s n k -> b s (n k)")), past
 
 
 def _attend_to_clean(q, k, v, *, layout: SequenceLayout):

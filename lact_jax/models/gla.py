@@ -131,7 +131,7 @@ class GatedLinearAttention(QKVO):
             o_state = self.output_norm(o_state)
         o_state_SD = rearrange(o_state, "... m s e -> ... s (m e)").astype(jnp.float32)
         o_window_SD = rearrange(o_window_SNK, "... n k -> ... (n k)").astype(jnp.float32)
-        return self.o((self._gate(x_SD) * o_state_SD + o_window_SD).astype(self.dtype))
+        return self.output((self._gate(x_SD) * o_state_SD + o_window_SD).astype(self.dtype))
 
     # Teacher-forced training.
 
@@ -148,7 +148,7 @@ class GatedLinearAttention(QKVO):
             "gla_state_norm": mean_norm(state),
             "tttx_norm": mean_norm(o_state),
             "window_x_norm": mean_norm(rearrange(o_window, "... n k -> ... (n k)")),
-            "y_norm": mean_norm(y_BCSD),
+            "y_norm": self.y_norm(y_BCSD),
         }
         return y_BCSD, stats
 

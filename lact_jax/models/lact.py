@@ -183,7 +183,7 @@ class LaCT(QKVO):
             o_fast = self.output_norm(o_fast)
         o_fast_SD = rearrange(o_fast, "... m s e -> ... s (m e)").astype(jnp.float32)
         o_window_SD = rearrange(o_window_SNK, "... n k -> ... (n k)").astype(jnp.float32)
-        return self.o((self._gate(x_SD) * o_fast_SD + o_window_SD).astype(self.dtype))
+        return self.output((self._gate(x_SD) * o_fast_SD + o_window_SD).astype(self.dtype))
 
     def _gate(self, x_SD: jax.Array) -> jax.Array:
         """The factor of every token's fast output: (..., S, 1) float32, or a constant."""
@@ -266,7 +266,7 @@ class LaCT(QKVO):
             y_BCSD, *norms = merge(
                 o_fast, o_window, gate_BCS1, self.output_norm.scale[...], options
             )
-            y_BCSD, norms = self.o(y_BCSD), [jnp.mean(norm_BCS) for norm_BCS in norms]
+            y_BCSD, norms = self.output(y_BCSD), [jnp.mean(norm_BCS) for norm_BCS in norms]
         else:
             split = "w b m (r s) e -> b (w r) m s e"
             o_fast = [rearrange(x, split, s=x_BCSD.shape[2]) for x in o_fast]
@@ -275,7 +275,7 @@ class LaCT(QKVO):
             norms = mean_norm(o_fast), mean_norm(rearrange(o_window, "... n k -> ... (n k)"))
         gate_mean = jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD)))
         stats = dict(zip(("tttx_norm", "window_x_norm"), norms, strict=True))
-        return y_BCSD, stats | {"gate_mean": gate_mean, "y_norm": mean_norm(y_BCSD)}
+        return y_BCSD, stats | {"gate_mean": gate_mean, "y_norm": self.y_norm(y_BCSD)}
 
     def _merge_backend(self, x_BCSD: jax.Array, layout: SequenceLayout) -> str:
         """How to merge with these options: by ops/merge_kernels but for 'xla'."""

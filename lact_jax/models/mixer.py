@@ -9,6 +9,9 @@ a chunk, width. `rotation_CSP2` are those of RoPE (`ops.rope.rope_rotations`).
     commit(x_BSD, rotation_SP2, cache) -> (y_BSD, cache)        a clean chunk joins it
     cache_specs(batch_axes) -> PartitionSpecs                   how a mesh cuts the cache
 
+y is the output of the projection `o` without its bias: the block adds `o.bias` where it adds y
+to the residual stream, which spares a pass over y.
+
 On a mesh each device has some of the clips and of every chunk's tokens: a mixer that mixes tokens
 other than by the functions below asks ops/parallel.py for what it lacks.
 
@@ -25,7 +28,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lact_jax.models.layers import RMSNorm, linear
+from lact_jax.models.layers import RMSNorm, linear, without_bias
 from lact_jax.ops import parallel
 from lact_jax.ops.attention import attend
 from lact_jax.ops.parallel import attend_to_whole_chunks
@@ -60,6 +63,14 @@ class QKVO(nnx.Module):
         """As `project`, q and k after RoPE."""
         q, k, v = self.project(x)
         return apply_rope(q, rotation_CSP2), apply_rope(k, rotation_CSP2), v
+
+    def output(self, o_SD: jax.Array) -> jax.Array:
+        """A mixer's y from what it mixed, (..., S, D)."""
+        return without_bias(self.o, o_SD)
+
+    def y_norm(self, y_SD: jax.Array) -> jax.Array:
+        """`mean_norm` of the layer's output, bias included."""
+        return mean_norm(y_SD + self.o.bias[...])
 
     def no_past(self, batch: int) -> "KeyValues":
         """Keys and values before the first chunk."""

@@ -34,8 +34,8 @@ class WindowAttention(QKVO):
         q, k, v = self.rotated(x_BCSD, rotation_CSP2)
         o_BCSNK = window_attention(q, k, v, layout, self.kv_cache_size)
         o_BCSD = rearrange(o_BCSNK, "b c s n k -> b c s (n k)")
-        y_BCSD = self.o(o_BCSD)
-        return y_BCSD, {"window_x_norm": mean_norm(o_BCSD), "y_norm": mean_norm(y_BCSD)}
+        y_BCSD = self.output(o_BCSD)
+        return y_BCSD, {"window_x_norm": mean_norm(o_BCSD), "y_norm": self.y_norm(y_BCSD)}
 
     def init_cache(self, batch: int) -> KeyValues:
         """An empty window; later the last committed chunk's."""
@@ -48,11 +48,11 @@ class WindowAttention(QKVO):
     def denoise(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: KeyValues) -> jax.Array:
         """See mixer.py."""
         o_BSNK, _ = attend_with_past(*self.rotated(x_BSD, rotation_SP2[None]), cache)
-        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)"))
+        return self.output(rearrange(o_BSNK, "b s n k -> b s (n k)"))
 
     def commit(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: KeyValues):
         """See mixer.py."""
         del cache  # it holds the chunk before, which this one takes the place of
         q, k, v = self.rotated(x_BSD, rotation_SP2[None])
         o_BSNK, past = attend_and_keep(q, k, v, self.kv_cache_size)
-        return self.o(rearrange(o_BSNK, "b s n k -> b s (n k)")), past
+        return self.output(rearrange(o_BSNK, "b s n k -> b s (n k)")), past

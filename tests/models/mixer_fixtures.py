@@ -19,7 +19,7 @@ GRID = HEIGHT // 2, WIDTH // 2
 
 
 def make_mixer(mixer, config, options):
-    """A mixer's `params` and functions of them.
+    """A mixer's `params` and functions of them, whose outputs have the bias that a block adds.
 
     sequence(params, noise_BRWSD, clean_BWSD) -> ((noise out, clean out), stats), compiled
     denoise, commit(params, x_BSD, chunk, cache), init_cache(params, batch), operation by operation
@@ -34,24 +34,34 @@ def make_mixer(mixer, config, options):
     def cast(x):
         return x.astype(config.dtype)
 
+    def with_bias(params, y, *rest):
+        y = y + params["o"]["bias"].astype(y.dtype)
+        return (y, *rest) if rest else y
+
     def sequence(params, noise_BRWSD, clean_BWSD):
         layout = SequenceLayout(noise_BRWSD.shape[2], noise_BRWSD.shape[1])
         frames = jnp.asarray(frame_positions(layout, FRAMES))
         angle = rope_rotations(frames, *GRID, HEAD_DIM)
         x = cast(pack(noise_BRWSD, clean_BWSD, layout))
-        y, stats = bind(params).sequence(x, angle, layout)
+        y, stats = with_bias(params, *bind(params).sequence(x, angle, layout))
         return (unpack_noise(y, layout), y[:, layout.clean]), stats
 
     def angle_of(chunk):
         frames = chunk * FRAMES + jnp.arange(FRAMES, dtype=jnp.int32)
         return rope_rotations(frames[None], *GRID, HEAD_DIM)[0]
 
+    def denoise(params, x, i, cache):
+        return with_bias(params, bind(params).denoise(cast(x), angle_of(i), cache))
+
+    def commit(params, x, i, cache):
+        return with_bias(params, *bind(params).commit(cast(x), angle_of(i), cache))
+
     return SimpleNamespace(
         params=randomise(nnx.to_pure_dict(state), np.random.default_rng(0)),
         sequence=jax.jit(sequence),
         init_cache=lambda params, batch: bind(params).init_cache(batch),
-        denoise=lambda params, x, i, cache: bind(params).denoise(cast(x), angle_of(i), cache),
-        commit=lambda params, x, i, cache: bind(params).commit(cast(x), angle_of(i), cache),
+        denoise=denoise,
+        commit=commit,
     )
 
 

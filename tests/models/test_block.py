@@ -11,6 +11,7 @@ from numpy_twins import relative_error
 from lact_jax.models.block import CrossAttention, copy_for_chunks
 from lact_jax.models.dit import DiTConfig
 from lact_jax.models.lact import LaCTConfig
+from lact_jax.models.layers import without_bias
 from lact_jax.ops.attention import attend
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -21,7 +22,7 @@ B, C, S, D, L, HEADS = 2, 3, 5, 16, 7, 2
 def all_tokens_at_once(layer, x_BCSD, text_kv):
     x_BTD = rearrange(x_BCSD, "b c s d -> b (c s) d")
     q_BTNK = rearrange(layer.norm_q(layer.q(x_BTD)), "b t (n k) -> b t n k", n=HEADS)
-    o_BTD = layer.o(rearrange(attend(q_BTNK, *text_kv), "b t n k -> b t (n k)"))
+    o_BTD = without_bias(layer.o, rearrange(attend(q_BTNK, *text_kv), "b t n k -> b t (n k)"))
     return rearrange(o_BTD, "b (c s) d -> b c s d", c=C)
 
 

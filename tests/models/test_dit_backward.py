@@ -78,8 +78,8 @@ def test_a_policy_that_keeps_less_computes_more():
 
 KERNELS = {
     "add_norm", "add_norm_grad", "biased_gelu", "biased_gelu_grad", "merge_forward",
-    "merge_backward", "qk_forward", "qk_backward", "swiglu_grad", "swiglu_update",
-    "swiglu_update_grad",
+    "merge_backward", "qk_forward", "qk_backward", "rms_norm", "rms_norm_grad",
+    "swiglu_grad", "swiglu_update", "swiglu_update_grad",
 }  # fmt: skip
 
 

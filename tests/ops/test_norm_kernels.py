@@ -9,7 +9,8 @@ import pytest
 from jax import sharding
 from numpy_twins import relative_error
 
-from lact_jax.ops.norm_kernels import KernelOptions, add_norm, add_norm_kernel, fits
+from lact_jax.ops.norm_kernels import add_norm, add_norm_kernel
+from lact_jax.ops.row_kernels import KernelOptions, fits
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -17,7 +18,7 @@ EPS = 1e-6
 # With 3 rows a run, the last run of 7 has one; with one warp, 300 is two pieces and a part of one.
 B, C, S, D = 2, 3, 7, 300
 OPTIONS = dict(rows=3, num_warps=1, interpret=True)
-NAMES = ("x", "y", "gate", "scale", "shift")
+NAMES = ("x", "y", "bias", "gate", "scale", "shift")
 
 
 def normal(rng, *shape, dtype=jnp.float32):
@@ -30,6 +31,7 @@ def random_inputs(rng, y_dtype=jnp.float32, width=D):
     return {
         "x": 3 + 2 * normal(rng, *shape),
         "y": normal(rng, *shape, dtype=y_dtype),
+        "bias": normal(rng, width),
         "gate": normal(rng, *vector),
         "scale": 1 + normal(rng, *vector),
         "shift": normal(rng, 1, 1, width),
@@ -60,15 +62,17 @@ def random_cotangents(rng, width=D):
 
 def test_the_plain_form_is_layer_norm_of_the_sum_in_float64():
     inputs = random_inputs(np.random.default_rng(0))
-    x, y, gate, scale, shift = (np.asarray(inputs[name], np.float64) for name in NAMES)
+    x, y, bias, gate, scale, shift = (np.asarray(inputs[name], np.float64) for name in NAMES)
     x_new, h = plain(inputs)
-    x = x + gate[:, :, None] * y
+    x = x + gate[:, :, None] * (y + bias)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + EPS)
     assert relative_error(x_new, x) < 1e-7
     assert relative_error(h, normed * scale[:, :, None] + shift[:, :, None]) < 1e-6
 
 
-@pytest.mark.parametrize("absent", [(), ("gate",), ("y", "gate")])
+@pytest.mark.parametrize(
+    "absent", [(), ("gate",), ("bias",), ("bias", "gate"), ("y", "bias", "gate")]
+)
 def test_kernels_give_the_twins_values_and_gradients(absent):
     rng = np.random.default_rng(len(absent))
     inputs = {k: v for k, v in random_inputs(rng).items() if k not in absent}
@@ -149,7 +153,8 @@ def test_kernels_lower_for_cuda_to_one_call_each_way(width):
     y = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
     hopper = sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with sharding.use_abstract_mesh(sharding.AbstractMesh((), (), abstract_device=hopper)):
-        traced = jax.jit(gradient).trace(x, y, vector, vector, vector)
+        bias = jax.ShapeDtypeStruct((width,), jnp.float32)
+        traced = jax.jit(gradient).trace(x, y, bias, vector, vector, vector)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 2
 
@@ -165,7 +170,10 @@ def test_kernels_take_rows_that_fill_a_program_and_fit_its_registers():
         ({"backend": "cuda"}, "backend is 'cuda', not one of triton, interpret, xla"),
         ({"x": jnp.zeros((2, 3, 4), jnp.float32)}, "the residual stream is float32"),
         ({"x": jnp.zeros((B, C, S, D), jnp.bfloat16)}, "the residual stream is bfloat16"),
-        ({"y": None}, "a gate without the y"),
+        ({"y": None, "bias": None}, "a gate without the y"),
+        ({"y": None, "gate": None}, "a bias without the y"),
+        ({"bias": jnp.zeros((1, 1, D), jnp.float32)}, "bias is float32"),
+        ({"bias": jnp.zeros((D,), jnp.bfloat16)}, "bias is bfloat16"),
         ({"y": jnp.zeros((B, C, S, D + 1), jnp.float32)}, "y is "),
         ({"gate": jnp.zeros((B, 2, D), jnp.float32)}, "gate is float32"),
         ({"scale": jnp.zeros((D,), jnp.float32)}, "scale is float32"),
