@@ -316,7 +316,7 @@ class LaCT(QKVO):
         q_later = rearrange(q_later, "b (w r) m s e -> w b m (r s) e", r=repeat)
         fits = swiglu_kernels.fits(self.w1.shape[-1])
         backend = kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
-        o_first = fw.read(initial, q_first, backend=backend)
+        o_first = checkpoint_name(fw.read(initial, q_first, backend=backend), "fast_weights")
         state, (o_clean, o_later) = fw.scan_chunks(
             initial, chunks, (by_chunk(q_clean), q_later), self.config.rule, backend=backend
         )
@@ -358,7 +358,7 @@ class LaCT(QKVO):
             self._momentum(x_BSD),
         )
         initial = self._initial_weights(x_BSD.shape[0])
-        fast = fw.update(cache.fast, chunk, initial, self.config.rule)
+        fast = fw.update(cache.fast, chunk, fw.row_norms(initial), self.config.rule)
         o_fast = fw.read(fast.weights, self._fast_qk(q, rotation_SP2[None], 0))
         q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)

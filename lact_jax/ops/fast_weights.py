@@ -304,13 +304,66 @@ def muon(update: FastWeights, iters: int) -> FastWeights:
     return from_matrices(w0_BMEH.mT, w1_BMEH, w2_BMEH.mT)
 
 
+def row_norms(weights: FastWeights) -> FastWeights:
+    """L2 norms of the rows, (B, M, 2H, 1) and (B, M, E, 1): what weight norm keeps."""
+    return jax.tree.map(l2_norm, weights)
+
+
+def _scaled_to(norm_BMX1: jax.Array, w_BMXY: jax.Array) -> jax.Array:
+    """w, each row scaled to its norm in `norm`."""
+    return w_BMXY / (l2_norm(w_BMXY) + NORM_EPS) * norm_BMX1
+
+
+@jax.custom_vjp
+def _scaled_and_kept(norm_BMX1: jax.Array, w_BMXY: jax.Array) -> jax.Array:
+    """`_scaled_to`, whose backward pass reads its result and the norms that w had.
+
+    Both are kept by name, the result as the weights that the next chunk starts from. So the update
+    that led to w is not computed again.
+    """
+    return _scaled_and_kept_fwd(norm_BMX1, w_BMXY)[0]
+
+
+def _scaled_and_kept_fwd(norm_BMX1, w_BMXY):
+    had_BMX1 = checkpoint_name(l2_norm(w_BMXY), "fast_weights")
+    w_BMXY = checkpoint_name(w_BMXY / (had_BMX1 + NORM_EPS) * norm_BMX1, "fast_weights")
+    return w_BMXY, (norm_BMX1, had_BMX1, w_BMXY)
+
+
+def _scaled_and_kept_bwd(residuals, grad_BMXY):
+    norm_BMX1, had_BMX1, w_BMXY = residuals
+    along_BMX1 = jnp.sum(grad_BMXY * w_BMXY, axis=-1, keepdims=True)
+    to_norm_BMX1 = along_BMX1 / _or_one(norm_BMX1)
+    scale_BMX1 = norm_BMX1 / (had_BMX1 + NORM_EPS)
+    return to_norm_BMX1, grad_BMXY * scale_BMX1 - w_BMXY * (to_norm_BMX1 / _or_one(had_BMX1))
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+    """x, with 1 for 0: a row of norm 0 stays 0, and so is what would be divided by its norm."""
+    return jnp.where(x == 0, 1.0, x)
+
+
+_scaled_and_kept.defvjp(_scaled_and_kept_fwd, _scaled_and_kept_bwd)
+
+
 def update(
-    state: State, chunk: Chunk, initial: FastWeights, rule: UpdateRule, *, backend: str = "xla"
+    state: State,
+    chunk: Chunk,
+    norms: FastWeights,
+    rule: UpdateRule,
+    *,
+    keep_state: bool = False,
+    backend: str = "xla",
 ) -> State:
     """One gradient step on a finished chunk.
 
-    `initial` holds the weights at the start of the sequence, whose row norms weight norm keeps. For
-    `backend` see `scan_chunks`.
+    Args:
+      state: the memory before it.
+      chunk: what it writes.
+      norms: `row_norms` of the weights at the start of the sequence, which weight norm keeps.
+      rule: the update rule.
+      keep_state: name the new state, so that a policy keeps it for this step's backward pass too.
+      backend: see `scan_chunks`.
     """
     step = sum_over_tokens(gradient(state.weights, chunk, backend=backend))
     step = checkpoint_name(step, "update")
@@ -318,19 +371,24 @@ def update(
     if rule.momentum:
         m_BM11 = chunk.momentum_BM.astype(jnp.float32)[..., None, None]
         step = jax.tree.map(lambda new, old: new + m_BM11 * old, step, state.last_update)
-        last_update = step
+        last_update = step = checkpoint_name(step, "fast_weights") if keep_state else step
     if rule.muon:
         step = muon(step, rule.muon_iters)
     weights = jax.tree.map(jnp.add, state.weights, step)
     if rule.weight_norm:
-        weights = jax.tree.map(
-            lambda w, w_init: w / (l2_norm(w) + NORM_EPS) * l2_norm(w_init), weights, initial
-        )
+        weights = jax.tree.map(_scaled_and_kept if keep_state else _scaled_to, norms, weights)
+    elif keep_state:
+        weights = checkpoint_name(weights, "fast_weights")
     return State(weights, last_update)
 
 
-# What the backward pass of a chunk finds saved with `keep_hidden`, instead of computing it again.
-_KEPT = jax.checkpoint_policies.save_only_these_names("hidden", "update")
+# What the backward pass of an unrolled chunk finds saved instead of computing it again: the weights
+# after it and the norms that they had; with `keep_hidden` all that is dear to compute.
+_STATES = jax.checkpoint_policies.save_only_these_names("fast_weights")
+_HIDDEN = jax.checkpoint_policies.save_only_these_names("fast_weights", "hidden", "update")
+
+# More chunks than these are a loop: a program grows with every one, and so does its compilation.
+MAX_UNROLLED = 8
 
 
 def scan_chunks(
@@ -344,6 +402,10 @@ def scan_chunks(
 ) -> tuple[State, tuple[jax.Array, ...]]:
     """Updates with every clean chunk in turn and reads after each update.
 
+    Up to MAX_UNROLLED chunks are unrolled where kernels run or `keep_hidden` asks for it: a loop
+    copies what is kept into and out of arrays of all chunks, and its backward pass computes the raw
+    updates again.
+
     Args:
       initial: weights at the start of the sequence.
       chunks_C: the clean chunks, each array with a leading chunk axis C.
@@ -352,25 +414,40 @@ def scan_chunks(
       rule: the update rule.
       keep_hidden: keep what the matmuls of the hidden width gave, (3H + 2H for each stream) numbers
         a token in the inputs' dtype, and the raw updates, for the backward pass. Without it that
-        pass computes every chunk again from its inputs and the weights before it, which is the
-        better choice where the layer around it is rematerialised.
+        pass computes every chunk again from its inputs and the weights before and after it, which
+        is the better choice where the layer around it is rematerialised.
       backend: one of BACKENDS for the elementwise passes between matmuls, see
         `kernels.choose_backend`.
 
     Returns:
       The final state and one output (C, B, M, T, E) for each stream.
     """
+    norms = row_norms(initial)
+    unrolled = keep_hidden or (backend != "xla" and len(chunks_C.k_BMSE) <= MAX_UNROLLED)
+    policy = (_HIDDEN if keep_hidden else _STATES) if unrolled else None
+    advance = partial(update, norms=norms, rule=rule, keep_state=unrolled, backend=backend)
 
-    @partial(jax.checkpoint, policy=_KEPT if keep_hidden else None, prevent_cse=False)
+    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def step(state, inputs):
         chunk, queries = inputs
-        state = update(state, chunk, initial, rule, backend=backend)
+        state = advance(state, chunk)
         return state, tuple(read(state.weights, q_BMTE, backend=backend) for q_BMTE in queries)
 
     def body(state, inputs):
-        return checkpoint_name(step(state, inputs), "fast_weights")
+        state, outputs = step(state, inputs)
+        state = state if unrolled else checkpoint_name(state, "fast_weights")
+        return state, checkpoint_name(outputs, "fast_weights")
 
-    # Without a loop, what is kept is not copied into and out of arrays of all chunks.
-    return jax.lax.scan(
-        body, initial_state(initial, rule), (chunks_C, queries_C), unroll=keep_hidden
-    )
+    run = _unrolled if unrolled else jax.lax.scan
+    return run(body, initial_state(initial, rule), (chunks_C, queries_C))
+
+
+def _unrolled(body, carry, inputs_C):
+    """As jax.lax.scan, without a loop. The gradients of slices are joined, not added to zeros."""
+    leaves, tree = jax.tree.flatten(inputs_C)
+    count, outputs = len(leaves[0]), []
+    slices = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
+    for step in zip(*slices, strict=True):
+        carry, output = body(carry, tree.unflatten([part[0] for part in step]))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
