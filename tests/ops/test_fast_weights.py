@@ -134,7 +134,8 @@ def test_weight_norm_keeps_the_norm_of_every_row(muon):
         assert np.max(np.abs(other / before - 1)) > 0.1
 
 
-def test_rows_of_zeros_have_finite_gradients():
+@pytest.mark.parametrize("keep_state", [False, True])
+def test_rows_of_zeros_have_finite_gradients(keep_state):
     """Identity weights with H > E have such rows; the norm's own gradient is NaN there."""
     rng = np.random.default_rng(6)
     hidden = 2 * E
@@ -146,7 +147,8 @@ def test_rows_of_zeros_have_finite_gradients():
     @jax.jit
     def output(weights, chunk):
         initial = fw.from_matrices(*weights)
-        state = fw.update(fw.initial_state(initial, rule), chunk, fw.row_norms(initial), rule)
+        state = fw.initial_state(initial, rule)
+        state = fw.update(state, chunk, fw.row_norms(initial), rule, keep_state=keep_state)
         return jnp.sum(fw.read(state.weights, q) ** 2)
 
     gradient_of = jax.jit(jax.grad(output, argnums=(0, 1)))
@@ -208,6 +210,31 @@ def test_gradients_of_a_sequence_are_those_that_jax_derives(keep_hidden):
         assert relative_error(mine, derived) < 3e-5
 
 
+@pytest.mark.usefixtures("float32_matmuls")
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.weight_norm], ids=str)
+def test_unrolled_chunks_have_the_gradients_of_the_loop(rule):
+    """Weight norm's own backward pass among them, which the loop leaves to JAX."""
+    rng = np.random.default_rng(9)
+    initial, chunks = fw.from_matrices(*random_weights(rng)), random_chunk(rng, CHUNKS)
+    if not rule.momentum:
+        chunks = chunks._replace(momentum_BM=None)
+    arguments = initial, chunks, (normal(rng, CHUNKS, B, M, S, E),)
+
+    def gradients(keep_hidden):
+        def run(*args):
+            state, outputs = fw.scan_chunks(*args, rule, keep_hidden=keep_hidden)
+            return state.weights, outputs
+
+        def transposed(*args):
+            outputs, transpose = jax.vjp(run, *args)
+            return transpose(jax.tree.map(jnp.sin, outputs))
+
+        return jax.jit(transposed)(*arguments)
+
+    for got, want in zip(*(jax.tree.leaves(gradients(x)) for x in (True, False)), strict=True):
+        assert relative_error(got, want) < 2e-5
+
+
 def test_keeping_hidden_activations_spares_their_matmuls_and_keeps_them_in_bfloat16():
     rule, _, arguments = bfloat16_case()
 
@@ -223,11 +250,11 @@ def test_keeping_hidden_activations_spares_their_matmuls_and_keeps_them_in_bfloa
 
     (again, none), (kept, hidden) = run(False), run(True)
     # Two products of the hidden width and three outer ones to update, one product to read.
-    assert again - kept == 2 + 3 + 1
+    # What is kept is unrolled, the other a loop.
+    assert again - kept / CHUNKS == 2 + 3 + 1
     assert none == []
-    assert sorted(x.shape for x in hidden) == sorted(
-        [(CHUNKS, B, M, 64, 2 * H), (CHUNKS, B, M, 64, H), (CHUNKS, B, M, S, 2 * H)]
-    )
+    of_chunk = [(B, M, 64, 2 * H), (B, M, 64, H), (B, M, S, 2 * H)]
+    assert sorted(x.shape for x in hidden) == sorted(of_chunk * CHUNKS)
     assert all(x.dtype == jnp.bfloat16 for x in hidden)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_fixtures import equations
 from numpy_twins import relative_error
 
 from lact_jax.ops import fast_weights as fw
@@ -149,7 +150,19 @@ def test_the_products_of_the_hidden_width_are_kept_where_asked_and_nothing_else(
     wide = sorted(shape for shape in of_tokens if shape[-1] in (H, 2 * H))
     # gu and dh of the update, gu of each read.
     products = [(S, H), (S, 2 * H), (S, 2 * H), (2 * S, 2 * H)]
-    assert wide == (products if keep_hidden else [])
+    assert wide == (sorted(products * CHUNKS) if keep_hidden else [])
+
+
+def test_the_backward_pass_of_unrolled_chunks_does_not_compute_their_raw_updates_again():
+    arguments, _ = case("bfloat16")
+
+    def matmuls(backend):
+        run = partial(fw.scan_chunks, rule=fw.UpdateRule(), backend=backend)
+        outputs, transpose = jax.vjp(run, *arguments)
+        return len(equations(jax.make_jaxpr(transpose)(outputs).jaxpr, "dot_general"))
+
+    loop, unrolled = matmuls("xla"), matmuls("interpret")
+    assert loop - unrolled / CHUNKS == 3
 
 
 def test_kernels_take_whole_blocks_of_columns():
