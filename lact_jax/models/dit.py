@@ -27,6 +27,7 @@ from lact_jax.models.layers import MLP, gelu_tanh, linear
 from lact_jax.models.remat import REMAT_POLICIES
 from lact_jax.models.sharded import ShardedDiT
 from lact_jax.ops import kernels, parallel
+from lact_jax.ops.layer_scan import scan_layers
 from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -179,7 +180,7 @@ class DiT(nnx.Module):
         return tuple(nnx.split(self.blocks[str(i)]) for i in range(self.config.period))
 
     def _scan(self, body, carry, extra):
-        """lax.scan over layers: body(carry, blocks of one period, extra of one period)."""
+        """Scan over layers: body(carry, blocks of one period, extra of one period)."""
         graphs, states = zip(*self._stacks(), strict=True)
         remat, gather = self.config.remat, self.gather_layer
 
@@ -192,7 +193,7 @@ class DiT(nnx.Module):
         if remat != "none" or gather is not None:
             policy = REMAT_POLICIES.get(remat, parallel.is_computed_here)
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        return jax.lax.scan(step, carry, (states, extra))
+        return scan_layers(step, carry, (states, extra))
 
     def _time(self, timestep_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """e (B, C, D) and e0 (B, C, 6, D), float32."""

@@ -115,6 +115,7 @@ class LaCT(QKVO):
             raise ValueError(f"lact.fw_head_dim={head_dim} does not divide the width dim={dim}")
         super().__init__(dim, config.num_heads, config.eps, dtype=dtype, rngs=rngs)
         self.config, self.eps, self.kernels = options, config.eps, config.kernels
+        self.in_checkpoint = config.remat != "none"
         heads, hidden = dim // head_dim, int(options.inter_multi * head_dim)
         self.num_fw_heads = heads
         init = W_INITS[options.w_init]
@@ -318,8 +319,9 @@ class LaCT(QKVO):
         backend = kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
         o_first = checkpoint_name(fw.read(initial, q_first, backend=backend), "fast_weights")
         state, (o_clean, o_later) = fw.scan_chunks(
-            initial, chunks, (by_chunk(q_clean), q_later), self.config.rule, backend=backend
-        )
+            initial, chunks, (by_chunk(q_clean), q_later), self.config.rule,
+            in_checkpoint=self.in_checkpoint, backend=backend,
+        )  # fmt: skip
         w0, w1, w2 = fw.to_matrices(state.weights)
         stats = {
             "fw_lr_norm": mean_norm(lr),

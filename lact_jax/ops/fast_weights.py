@@ -346,46 +346,36 @@ def _or_one(x: jax.Array) -> jax.Array:
 _scaled_and_kept.defvjp(_scaled_and_kept_fwd, _scaled_and_kept_bwd)
 
 
-def update(
-    state: State,
-    chunk: Chunk,
-    norms: FastWeights,
-    rule: UpdateRule,
-    *,
-    keep_state: bool = False,
-    backend: str = "xla",
-) -> State:
-    """One gradient step on a finished chunk.
-
-    Args:
-      state: the memory before it.
-      chunk: what it writes.
-      norms: `row_norms` of the weights at the start of the sequence, which weight norm keeps.
-      rule: the update rule.
-      keep_state: name the new state, so that a policy keeps it for this step's backward pass too.
-      backend: see `scan_chunks`.
-    """
+def _stepped(state: State, chunk: Chunk, rule: UpdateRule, backend: str) -> State:
+    """The state after a gradient step, before weight norm."""
     step = sum_over_tokens(gradient(state.weights, chunk, backend=backend))
     step = checkpoint_name(step, "update")
     last_update = None
     if rule.momentum:
         m_BM11 = chunk.momentum_BM.astype(jnp.float32)[..., None, None]
         step = jax.tree.map(lambda new, old: new + m_BM11 * old, step, state.last_update)
-        last_update = step = checkpoint_name(step, "fast_weights") if keep_state else step
+        last_update = step
     if rule.muon:
         step = muon(step, rule.muon_iters)
-    weights = jax.tree.map(jnp.add, state.weights, step)
-    if rule.weight_norm:
-        weights = jax.tree.map(_scaled_and_kept if keep_state else _scaled_to, norms, weights)
-    elif keep_state:
-        weights = checkpoint_name(weights, "fast_weights")
-    return State(weights, last_update)
+    return State(jax.tree.map(jnp.add, state.weights, step), last_update)
 
 
-# What the backward pass of an unrolled chunk finds saved instead of computing it again: the weights
-# after it and the norms that they had; with `keep_hidden` all that is dear to compute.
-_STATES = jax.checkpoint_policies.save_only_these_names("fast_weights")
-_HIDDEN = jax.checkpoint_policies.save_only_these_names("fast_weights", "hidden", "update")
+def update(
+    state: State, chunk: Chunk, norms: FastWeights, rule: UpdateRule, *, backend: str = "xla"
+) -> State:
+    """One gradient step on a finished chunk.
+
+    `norms` are the `row_norms` of the weights at the start of the sequence, which weight norm
+    keeps. For `backend` see `scan_chunks`.
+    """
+    state = _stepped(state, chunk, rule, backend)
+    if not rule.weight_norm:
+        return state
+    return state._replace(weights=jax.tree.map(_scaled_to, norms, state.weights))
+
+
+# What the backward pass of a chunk finds saved with `keep_hidden`, instead of computing it again.
+_HIDDEN = jax.checkpoint_policies.save_only_these_names("hidden", "update")
 
 # More chunks than these are a loop: a program grows with every one, and so does its compilation.
 MAX_UNROLLED = 8
@@ -398,6 +388,7 @@ def scan_chunks(
     rule: UpdateRule,
     *,
     keep_hidden: bool = False,
+    in_checkpoint: bool = False,
     backend: str = "xla",
 ) -> tuple[State, tuple[jax.Array, ...]]:
     """Updates with every clean chunk in turn and reads after each update.
@@ -416,30 +407,50 @@ def scan_chunks(
         a token in the inputs' dtype, and the raw updates, for the backward pass. Without it that
         pass computes every chunk again from its inputs and the weights before and after it, which
         is the better choice where the layer around it is rematerialised.
+      in_checkpoint: a `jax.checkpoint` is around this, whose policy says what is kept (it should
+        keep the name "fast_weights"). Unrolled chunks then need none of their own.
       backend: one of BACKENDS for the elementwise passes between matmuls, see
         `kernels.choose_backend`.
 
     Returns:
       The final state and one output (C, B, M, T, E) for each stream.
     """
+    inputs_C, start = (chunks_C, queries_C), initial_state(initial, rule)
     norms = row_norms(initial)
-    unrolled = keep_hidden or (backend != "xla" and len(chunks_C.k_BMSE) <= MAX_UNROLLED)
-    policy = (_HIDDEN if keep_hidden else _STATES) if unrolled else None
-    advance = partial(update, norms=norms, rule=rule, keep_state=unrolled, backend=backend)
+    remat = partial(jax.checkpoint, prevent_cse=False)
 
-    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def reads(weights, queries):
+        return tuple(read(weights, q_BMTE, backend=backend) for q_BMTE in queries)
+
+    @remat
     def step(state, inputs):
         chunk, queries = inputs
-        state = advance(state, chunk)
-        return state, tuple(read(state.weights, q_BMTE, backend=backend) for q_BMTE in queries)
+        state = update(state, chunk, norms, rule, backend=backend)
+        return state, reads(state.weights, queries)
 
-    def body(state, inputs):
-        state, outputs = step(state, inputs)
-        state = state if unrolled else checkpoint_name(state, "fast_weights")
-        return state, checkpoint_name(outputs, "fast_weights")
+    def looped(state, inputs):
+        return checkpoint_name(step(state, inputs), "fast_weights")
 
-    run = _unrolled if unrolled else jax.lax.scan
-    return run(body, initial_state(initial, rule), (chunks_C, queries_C))
+    if not keep_hidden and (backend == "xla" or len(chunks_C.k_BMSE) > MAX_UNROLLED):
+        return jax.lax.scan(looped, start, inputs_C)
+
+    stepped = partial(_stepped, rule=rule, backend=backend)
+    if not in_checkpoint:
+        policy = _HIDDEN if keep_hidden else None
+        stepped, reads = remat(stepped, policy=policy), remat(reads, policy=policy)
+
+    def unrolled(state, inputs):
+        chunk, queries = inputs
+        weights, last_update = stepped(state, chunk)
+        if rule.weight_norm:
+            weights = jax.tree.map(_scaled_and_kept, norms, weights)
+        else:
+            weights = checkpoint_name(weights, "fast_weights")
+        kept = last_update, reads(weights, queries)
+        last_update, outputs = checkpoint_name(kept, "fast_weights")
+        return State(weights, last_update), outputs
+
+    return _unrolled(unrolled, start, inputs_C)
 
 
 def _unrolled(body, carry, inputs_C):
