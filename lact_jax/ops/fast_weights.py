@@ -9,26 +9,21 @@ Weights live in float32; a copy in the inputs' dtype feeds each matmul, which ac
 float32. w0 and w2 are kept as one (2H, E) matrix so that each token needs one matmul less.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from lact_jax.ops import swiglu_kernels
 from lact_jax.ops.numerics import l2_norm, matmul_precision
 from lact_jax.ops.parallel import sum_over_tokens
+from lact_jax.ops.swiglu import check_backend, down, einsum, swiglu_gradient
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-5
 MUON_EPS = 1e-7
-
-# Of (w0 x, w2 x) as (..., 2, H): which half is the gate.
-_IS_GATE_21 = np.array([[True], [False]])
 
 
 class FastWeights(NamedTuple):
@@ -81,14 +76,10 @@ def initial_state(weights: FastWeights, rule: UpdateRule) -> State:
     return State(weights, jax.tree.map(jnp.zeros_like, weights) if rule.momentum else None)
 
 
-def _einsum(equation: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
-    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype), **options)
-
-
 @jax.custom_vjp
 def sum_of_outer(a_BMSX: jax.Array, b_BMSY: jax.Array) -> jax.Array:
     """Sum over tokens of a b^T: (B, M, X, Y) float32, multiplied in a's dtype in both passes."""
-    return _einsum("bmsx,bmsy->bmxy", a_BMSX, b_BMSY, preferred_element_type=jnp.float32)
+    return einsum("bmsx,bmsy->bmxy", a_BMSX, b_BMSY, preferred_element_type=jnp.float32)
 
 
 def _sum_of_outer_fwd(a_BMSX, b_BMSY):
@@ -99,8 +90,8 @@ def _sum_of_outer_bwd(residuals, grad_BMXY):
     # The cotangent arrives in float32; unless it is cast, both matmuls below run in float32.
     a_BMSX, b_BMSY = residuals
     grad_BMXY = grad_BMXY.astype(a_BMSX.dtype)
-    da_BMSX = _einsum("bmxy,bmsy->bmsx", grad_BMXY, b_BMSY)
-    db_BMSY = _einsum("bmxy,bmsx->bmsy", grad_BMXY, a_BMSX)
+    da_BMSX = einsum("bmxy,bmsy->bmsx", grad_BMXY, b_BMSY)
+    db_BMSY = einsum("bmxy,bmsx->bmsy", grad_BMXY, a_BMSX)
     return da_BMSX, db_BMSY
 
 
@@ -109,154 +100,15 @@ sum_of_outer.defvjp(_sum_of_outer_fwd, _sum_of_outer_bwd)
 
 def _hidden(w02_BMGE: jax.Array, x_BMSE: jax.Array) -> jax.Array:
     """w0 x beside w2 x: (B, M, S, 2H), in x's dtype."""
-    gu_BMSG = _einsum("bmse,bmge->bmsg", x_BMSE, w02_BMGE.astype(x_BMSE.dtype))
+    gu_BMSG = einsum("bmse,bmge->bmsg", x_BMSE, w02_BMGE.astype(x_BMSE.dtype))
     return checkpoint_name(gu_BMSG, "hidden")
-
-
-def _gate_and_up(gu_BMSG: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(w0 x, w2 x), upcast to float32 for the nonlinearity."""
-    g_BMSH, u_BMSH = jnp.split(gu_BMSG.astype(jnp.float32), 2, axis=-1)
-    return g_BMSH, u_BMSH
-
-
-def _both_for_each_half(gu_BMSG: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """g and u as `_gate_and_up`, each twice: (B, M, S, 2, H), at every place of (g, u).
-
-    What is computed from them for both halves is one elementwise pass over the joined array. XLA
-    runs a concatenation of this size as a kernel of its own, which reads and writes all once more;
-    a reversal it fuses.
-    """
-    own = gu_BMSG.astype(jnp.float32).reshape(*gu_BMSG.shape[:-1], 2, -1)
-    other = jnp.flip(own, axis=-2)
-    return jnp.where(_IS_GATE_21, own, other), jnp.where(_IS_GATE_21, other, own)
-
-
-def _silu_and_derivatives(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """silu(x) = x sigmoid(x), its first and its second derivative."""
-    sigmoid = jax.nn.sigmoid(x)
-    slope = sigmoid * (1 + x * (1 - sigmoid))
-    curvature = sigmoid * (1 - sigmoid) * (2 + x * (1 - 2 * sigmoid))
-    return x * sigmoid, slope, curvature
-
-
-def _plain_value_and_gradient(gu_BMSG: jax.Array, dh_BMSH: jax.Array) -> tuple[jax.Array, ...]:
-    """(h, dgu): see `swiglu_kernels.value_and_gradient`, its twin."""
-    g, u = _both_for_each_half(gu_BMSG)
-    silu, slope, _ = _silu_and_derivatives(g)
-    dh_BMS1H = dh_BMSH.astype(jnp.float32)[..., None, :]
-    dgu = dh_BMS1H * jnp.where(_IS_GATE_21, u * slope, silu)
-    return _swiglu(gu_BMSG), dgu.astype(gu_BMSG.dtype).reshape(gu_BMSG.shape)
-
-
-def _plain_value_and_gradients(gu_BMSG: jax.Array, dh_BMSH: jax.Array) -> tuple[jax.Array, ...]:
-    """(h, dg, du): see `swiglu_kernels.value_and_gradients`, its twin."""
-    g, u = _gate_and_up(gu_BMSG)
-    dh = dh_BMSH.astype(jnp.float32)
-    silu, slope, _ = _silu_and_derivatives(g)
-    return tuple(x.astype(gu_BMSG.dtype) for x in (silu * u, dh * u * slope, dh * silu))
-
-
-def _plain_gradients_of_gradients(gu_BMSG, dh_BMSH, *cotangents) -> tuple[jax.Array, ...]:
-    """(to_gu, to_dh): see `swiglu_kernels.gradients_of_gradients`, its twin."""
-    dh, to_h, to_dg, to_du = (x.astype(jnp.float32) for x in (dh_BMSH, *cotangents))
-    g, u = _gate_and_up(gu_BMSG)
-    silu, slope, _ = _silu_and_derivatives(g)
-    to_dh_BMSH = to_dg * u * slope + to_du * silu
-
-    g, u = _both_for_each_half(gu_BMSG)
-    dh, to_h, to_dg, to_du = (x[..., None, :] for x in (dh, to_h, to_dg, to_du))
-    silu, slope, curvature = _silu_and_derivatives(g)
-    to_g = to_h * u * slope + dh * (to_dg * u * curvature + to_du * slope)
-    to_u = to_h * silu + dh * to_dg * slope
-    to_gu = jnp.where(_IS_GATE_21, to_g, to_u).astype(gu_BMSG.dtype).reshape(gu_BMSG.shape)
-    return to_gu, to_dh_BMSH.astype(dh_BMSH.dtype)
-
-
-class _Passes(NamedTuple):
-    """The elementwise passes between matmuls: see the functions of `swiglu_kernels`."""
-
-    value_and_gradient: Callable
-    value_and_gradients: Callable
-    gradients_of_gradients: Callable
-
-
-def _kernel_passes(interpret: bool) -> _Passes:
-    functions = (getattr(swiglu_kernels, name) for name in _Passes._fields)
-    return _Passes(*(partial(function, interpret=interpret) for function in functions))
-
-
-BACKENDS = {
-    "xla": _Passes(
-        _plain_value_and_gradient, _plain_value_and_gradients, _plain_gradients_of_gradients
-    ),
-    "triton": _kernel_passes(interpret=False),
-    "interpret": _kernel_passes(interpret=True),
-}
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, not one of {', '.join(BACKENDS)}")
-
-
-# The nonlinearity and its gradient have backward passes of their own: what they keep are matmul
-# results in the inputs' dtype, not float32 intermediates, and the cotangent of both halves of
-# (w0 x, w2 x) is written once, as the matmuls after it read it.
-
-
-def _swiglu(gu_BMSG: jax.Array) -> jax.Array:
-    """h = silu(g) u, in the dtype of (g, u): (B, M, S, H)."""
-    g_BMSH, u_BMSH = _gate_and_up(gu_BMSG)
-    return (jax.nn.silu(g_BMSH) * u_BMSH).astype(gu_BMSG.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _down(gu_BMSG: jax.Array, w1_BMEH: jax.Array, backend: str) -> jax.Array:
-    """w1 (silu(g) u), in the dtype of (g, u) and w1: (B, M, S, E)."""
-    return _einsum("bmsh,bmeh->bmse", _swiglu(gu_BMSG), w1_BMEH)
-
-
-def _down_fwd(gu_BMSG, w1_BMEH, backend):
-    return _down(gu_BMSG, w1_BMEH, backend), (gu_BMSG, w1_BMEH)
-
-
-def _down_bwd(backend, residuals, dy_BMSE):
-    gu_BMSG, w1_BMEH = residuals
-    if backend != "xla":
-        # XLA joins the matmuls of streams that read the same weights, and a kernel can't read its
-        # part of the result before that is copied. So these weights are not seen to be the same.
-        gu_BMSG, w1_BMEH = jax.lax.optimization_barrier((gu_BMSG, w1_BMEH))
-    dh_BMSH = _einsum("bmse,bmeh->bmsh", dy_BMSE, w1_BMEH)
-    h_BMSH, dgu_BMSG = BACKENDS[backend].value_and_gradient(gu_BMSG, dh_BMSH)
-    return dgu_BMSG, _einsum("bmse,bmsh->bmeh", dy_BMSE, h_BMSH)
-
-
-_down.defvjp(_down_fwd, _down_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _swiglu_gradient(gu_BMSG, dh_BMSH, backend: str) -> tuple[jax.Array, ...]:
-    """(h, dg, du) from (g, u) and dh, all in their dtype: h = silu(g) u, dg = dh u silu'(g),
-    du = dh silu(g)."""
-    return BACKENDS[backend].value_and_gradients(gu_BMSG, dh_BMSH)
-
-
-def _swiglu_gradient_fwd(gu_BMSG, dh_BMSH, backend):
-    return _swiglu_gradient(gu_BMSG, dh_BMSH, backend), (gu_BMSG, dh_BMSH)
-
-
-def _swiglu_gradient_bwd(backend, residuals, cotangents):
-    return BACKENDS[backend].gradients_of_gradients(*residuals, *cotangents)
-
-
-_swiglu_gradient.defvjp(_swiglu_gradient_fwd, _swiglu_gradient_bwd)
 
 
 def read(weights: FastWeights, q_BMTE: jax.Array, *, backend: str = "xla") -> jax.Array:
     """f(q) for every query: (B, M, T, E), in q's dtype. For `backend` see `scan_chunks`."""
-    _check_backend(backend)
+    check_backend(backend)
     gu_BMTG = _hidden(weights.w02_BMGE, q_BMTE)
-    return _down(gu_BMTG, weights.w1_BMEH.astype(q_BMTE.dtype), backend)
+    return down(gu_BMTG, weights.w1_BMEH.astype(q_BMTE.dtype), backend)
 
 
 def gradient(weights: FastWeights, chunk: Chunk, *, backend: str = "xla") -> FastWeights:
@@ -265,14 +117,14 @@ def gradient(weights: FastWeights, chunk: Chunk, *, backend: str = "xla") -> Fas
     Learning rates multiply the narrow side (k, v), which has E instead of H columns. For `backend`
     see `scan_chunks`.
     """
-    _check_backend(backend)
+    check_backend(backend)
     k_BMSE, v_BMSE = chunk.k_BMSE, chunk.v_BMSE
     dtype = k_BMSE.dtype
     lr0_BMS1, lr1_BMS1, lr2_BMS1 = jnp.split(chunk.lr_BMS3.astype(jnp.float32), 3, axis=-1)
     gu_BMSG = _hidden(weights.w02_BMGE, k_BMSE)
-    dh_BMSH = _einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
+    dh_BMSH = einsum("bmse,bmeh->bmsh", v_BMSE, weights.w1_BMEH.astype(dtype))
     dh_BMSH = checkpoint_name(dh_BMSH, "hidden")
-    h_BMSH, dg_BMSH, du_BMSH = _swiglu_gradient(gu_BMSG, dh_BMSH, backend)
+    h_BMSH, dg_BMSH, du_BMSH = swiglu_gradient(gu_BMSG, dh_BMSH, backend)
     dw0_BMHE = sum_of_outer(dg_BMSH, (lr0_BMS1 * k_BMSE).astype(dtype))
     dw1_BMEH = sum_of_outer((lr1_BMS1 * v_BMSE).astype(dtype), h_BMSH)
     dw2_BMHE = sum_of_outer(du_BMSH, (lr2_BMS1 * k_BMSE).astype(dtype))
@@ -409,7 +261,7 @@ def scan_chunks(
         is the better choice where the layer around it is rematerialised.
       in_checkpoint: a `jax.checkpoint` is around this, whose policy says what is kept (it should
         keep the name "fast_weights"). Unrolled chunks then need none of their own.
-      backend: one of BACKENDS for the elementwise passes between matmuls, see
+      backend: one of `swiglu.BACKENDS` for the elementwise passes between matmuls, see
         `kernels.choose_backend`.
 
     Returns:
@@ -431,7 +283,8 @@ def scan_chunks(
     def looped(state, inputs):
         return checkpoint_name(step(state, inputs), "fast_weights")
 
-    if not keep_hidden and (backend == "xla" or len(chunks_C.k_BMSE) > MAX_UNROLLED):
+    few = backend != "xla" and len(chunks_C.k_BMSE) <= MAX_UNROLLED
+    if len(chunks_C.k_BMSE) == 0 or not (few or keep_hidden):
         return jax.lax.scan(looped, start, inputs_C)
 
     stepped = partial(_stepped, rule=rule, backend=backend)

@@ -7,7 +7,7 @@ Letters: T tokens (of any batch, chunk and head), H hidden width, G = 2H, "..." 
 The fast weights pass `gu`, which holds g beside u, through this once to be updated and once to be
 read, and through its gradients. All of it is bound by memory. XLA writes every result in a pass of
 its own, which reads the inputs again; here each number is read and written once. The plain forms
-are in `ops.fast_weights`, and the tests hold both to each other.
+are in `ops.swiglu`, and the tests hold both to each other.
 """
 
 import math

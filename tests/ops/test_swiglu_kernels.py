@@ -12,10 +12,11 @@ from numpy_twins import relative_error
 
 from lact_jax.ops import fast_weights as fw
 from lact_jax.ops import swiglu_kernels
+from lact_jax.ops.swiglu import BACKENDS
 from lact_jax.ops.swiglu_kernels import fits
 
 B, M, S, E, H, CHUNKS = 1, 2, 21, 24, 256, 2
-NAMES = fw.BACKENDS["xla"]._fields
+NAMES = BACKENDS["xla"]._fields
 
 
 def normal(rng, *shape, dtype=jnp.float32):
@@ -51,7 +52,7 @@ def derived(name, gu, dh, *cotangents):
 
 
 def results(name, backend, args):
-    return jax.jit(getattr(fw.BACKENDS[backend], name))(*args)
+    return jax.jit(getattr(BACKENDS[backend], name))(*args)
 
 
 @pytest.mark.parametrize("name", NAMES)
