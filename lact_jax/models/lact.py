@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lact_jax.models.layers import RMSNorm, linear, project_float32, without_bias
+from lact_jax.models.layers import RMSNorm, linear, project_joined_float32, without_bias
 from lact_jax.models.mixer import (
     QKVO,
     KeyValues,
@@ -106,6 +107,26 @@ class LaCTCache(NamedTuple):
     past: KeyValues
 
 
+class PerToken(NamedTuple):
+    """What a layer's input says of each of its tokens, in float32.
+
+    Attributes:
+      lr: learning rates (..., M, S, 3), order lr0, lr1, lr2.
+      gate: the factor of the fast output (..., S, 1), or a constant.
+      momentum: (..., S, M), of which a chunk has the mean over its tokens; or None.
+    """
+
+    lr: jax.Array
+    gate: jax.Array
+    momentum: jax.Array | None
+
+    def to_write(self, part=...) -> tuple[jax.Array, jax.Array | None]:
+        """Learning rates of the chunks at `part` and their momentum (..., M), as `fw.Chunk`'s."""
+        if self.momentum is None:
+            return self.lr[part], None
+        return self.lr[part], mean_over_tokens(self.momentum[part], axis=-2)
+
+
 class LaCT(QKVO):
     """Takes the place of self-attention; at initialisation it is exactly window attention."""
 
@@ -165,32 +186,28 @@ class LaCT(QKVO):
     def _fast_v(self, v_CSNK: jax.Array) -> jax.Array:
         return self._activate(self._regroup(v_CSNK), use_l2=False)
 
-    def _learning_rates(self, x_SD: jax.Array) -> jax.Array:
-        """Learning rates of every token: (..., M, S, 3) float32, order lr0, lr1, lr2."""
-        bias = math.log(math.expm1(self.config.base_lr))
-        lr = jax.nn.softplus(project_float32(self.lr_proj, x_SD) + bias)
-        return rearrange(lr, "... s (m three) -> ... m s three", three=3)
+    def _per_token(self, x_SD: jax.Array) -> PerToken:
+        """What the narrow projections of the layer's input (..., S, D) give, by one matmul."""
+        names = ("lr_proj", "ttt_scale_proj", "momentum_proj")
+        layers = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        y = checkpoint_name(project_joined_float32(tuple(layers.values()), x_SD), "qkv")
+        ends = np.cumsum([layer.out_features for layer in layers.values()])
+        part = dict(zip(layers, jnp.split(y, ends[:-1], axis=-1), strict=True))
+        lr = jax.nn.softplus(part["lr_proj"] + math.log(math.expm1(self.config.base_lr)))
+        gate, momentum = jnp.float32(self.config.ttt_scale), None
+        if self.config.learnable_ttt_scale:
+            gate = jax.nn.silu(part["ttt_scale_proj"])
+        if self.config.momentum:
+            momentum = jax.nn.sigmoid(part["momentum_proj"])
+        return PerToken(rearrange(lr, "... s (m three) -> ... m s three", three=3), gate, momentum)
 
-    def _momentum(self, x_SD: jax.Array) -> jax.Array | None:
-        """Momentum of every chunk and head: (..., M) float32, or None."""
-        if not self.config.momentum:
-            return None
-        momentum_SM = jax.nn.sigmoid(project_float32(self.momentum_proj, x_SD))
-        return mean_over_tokens(momentum_SM, axis=-2)
-
-    def _merge(self, x_SD: jax.Array, o_fast: jax.Array, o_window_SNK: jax.Array) -> jax.Array:
+    def _merge(self, gate_S1: jax.Array, o_fast: jax.Array, o_window_SNK: jax.Array) -> jax.Array:
         """Gated fast output (..., M, S, E) plus window output, projected: (..., S, D)."""
         if self.config.o_norm:
             o_fast = self.output_norm(o_fast)
         o_fast_SD = rearrange(o_fast, "... m s e -> ... s (m e)").astype(jnp.float32)
         o_window_SD = rearrange(o_window_SNK, "... n k -> ... (n k)").astype(jnp.float32)
-        return self.output((self._gate(x_SD) * o_fast_SD + o_window_SD).astype(self.dtype))
-
-    def _gate(self, x_SD: jax.Array) -> jax.Array:
-        """The factor of every token's fast output: (..., S, 1) float32, or a constant."""
-        if self.config.learnable_ttt_scale:
-            return jax.nn.silu(project_float32(self.ttt_scale_proj, x_SD))
-        return jnp.float32(self.config.ttt_scale)
+        return self.output((gate_S1 * o_fast_SD + o_window_SD).astype(self.dtype))
 
     # Teacher-forced training.
 
@@ -200,11 +217,12 @@ class LaCT(QKVO):
         q, q_fast = self._window_and_fast("q", x_BCSD, rotation_CSP2, window, reads)
         k, (k_fast,) = self._window_and_fast("k", x_BCSD, rotation_CSP2, window, (layout.clean,))
         v = self.heads(checkpoint_name(self.v(x_BCSD), "qkv"))
+        per_token = self._per_token(x_BCSD)
         with jax.named_scope("fast_weights"):
-            o_fast, fast_stats = self._fast_sequence(x_BCSD, q_fast, k_fast, v, layout)
+            o_fast, fast_stats = self._fast_sequence(per_token, q_fast, k_fast, v, layout)
         with jax.named_scope("window_attention"):
             o_window = window_attention_parts(q, k, v, layout, self.config.kv_cache_size)
-        y_BCSD, merge_stats = self._merge_sequence(x_BCSD, o_fast, o_window, layout)
+        y_BCSD, merge_stats = self._merge_sequence(per_token.gate, o_fast, o_window, layout)
         return y_BCSD, fast_stats | merge_stats
 
     def _window_and_fast(self, name: str, x_BCSD, rotation_CSP2, window, fast):
@@ -247,19 +265,20 @@ class LaCT(QKVO):
         )
         return kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
 
-    def _merge_sequence(self, x_BCSD, o_fast, o_window, layout):
+    def _merge_sequence(self, gate, o_fast, o_window, layout):
         """`_merge` of a sequence's outputs, and their statistics.
 
         Args:
-          x_BCSD: the layer's input.
+          gate: of `PerToken`.
           o_fast: as `_fast_sequence` gives it.
           o_window: of each of `window_parts`, (B, C', S, N, K).
           layout: the sequence's.
         """
         fast, window = (layout.first, layout.clean, layout.later), window_parts(layout)
-        backend = self._merge_backend(x_BCSD, layout)
+        batch, _, tokens = o_window[0].shape[:3]
+        backend = self._merge_backend(o_window[0].dtype, layout)
         if backend != "xla":
-            gate_BCS1 = jnp.broadcast_to(self._gate(x_BCSD), (*x_BCSD.shape[:3], 1))
+            gate_BCS1 = jnp.broadcast_to(gate, (batch, layout.length, tokens, 1))
             o_window = tuple(rearrange(x, "b c s n k -> b c s (n k)") for x in o_window)
             options = MergeOptions(
                 self.eps, _ends(fast), _ends(window), interpret=backend == "interpret"
@@ -270,28 +289,28 @@ class LaCT(QKVO):
             y_BCSD, norms = self.output(y_BCSD), [jnp.mean(norm_BCS) for norm_BCS in norms]
         else:
             split = "w b m (r s) e -> b (w r) m s e"
-            o_fast = [rearrange(x, split, s=x_BCSD.shape[2]) for x in o_fast]
+            o_fast = [rearrange(x, split, s=tokens) for x in o_fast]
             o_fast, o_window = (jnp.concatenate(x, axis=1) for x in (o_fast, o_window))
-            y_BCSD = self._merge(x_BCSD, o_fast, o_window)
+            y_BCSD = self._merge(gate, o_fast, o_window)
             norms = mean_norm(o_fast), mean_norm(rearrange(o_window, "... n k -> ... (n k)"))
-        gate_mean = jnp.mean(jax.lax.stop_gradient(self._gate(x_BCSD)))
+        gate_mean = jnp.mean(jax.lax.stop_gradient(gate))
         stats = dict(zip(("tttx_norm", "window_x_norm"), norms, strict=True))
         return y_BCSD, stats | {"gate_mean": gate_mean, "y_norm": self.y_norm(y_BCSD)}
 
-    def _merge_backend(self, x_BCSD: jax.Array, layout: SequenceLayout) -> str:
+    def _merge_backend(self, dtype, layout: SequenceLayout) -> str:
         """How to merge with these options: by ops/merge_kernels but for 'xla'."""
         fits = (
             self.config.o_norm
             and layout.num_clean > 0
-            and merge_kernels.fits(self.num_fw_heads, x_BCSD.shape[-1] // self.num_fw_heads)
+            and merge_kernels.fits(self.num_fw_heads, self.w0.shape[-1])
         )
-        return kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
+        return kernels.choose_backend(self.kernels, dtype, fits)
 
-    def _fast_sequence(self, x_BCSD, q_fast, k_BCMSE, v_BCSNK, layout):
+    def _fast_sequence(self, per_token, q_fast, k_BCMSE, v_BCSNK, layout):
         """What the fast weights give every chunk, and the statistics of REFERENCE.md 4.
 
         Args:
-          x_BCSD: the layer's input.
+          per_token: of the sequence's tokens, (B, C, ...).
           q_fast: fast q of the layout's `first`, `clean` and `later` chunks, (B, C, M, S, E).
           k_BCMSE: fast k of the `clean` ones.
           v_BCSNK: v of all chunks.
@@ -302,21 +321,15 @@ class LaCT(QKVO):
           the video with R copies each, and the statistics.
         """
         clean, repeat = layout.clean, layout.num_repeat
-        initial = self._initial_weights(x_BCSD.shape[0])
-        lr = self._learning_rates(x_BCSD)
+        initial = self._initial_weights(v_BCSNK.shape[0])
         by_chunk = _leading_chunk_axis
-        momentum = self._momentum(x_BCSD[:, clean])
-        chunks = fw.Chunk(
-            by_chunk(k_BCMSE),
-            by_chunk(self._fast_v(v_BCSNK[:, clean])),
-            by_chunk(lr[:, clean]),
-            None if momentum is None else by_chunk(momentum),
-        )
+        written = k_BCMSE, self._fast_v(v_BCSNK[:, clean]), *per_token.to_write(np.s_[:, clean])
+        chunks = fw.Chunk(*jax.tree.map(by_chunk, written))
         q_first, q_clean, q_later = q_fast
         q_first = rearrange(q_first, "b r m s e -> b m (r s) e")
         q_later = rearrange(q_later, "b (w r) m s e -> w b m (r s) e", r=repeat)
         fits = swiglu_kernels.fits(self.w1.shape[-1])
-        backend = kernels.choose_backend(self.kernels, x_BCSD.dtype, fits)
+        backend = kernels.choose_backend(self.kernels, v_BCSNK.dtype, fits)
         o_first = checkpoint_name(fw.read(initial, q_first, backend=backend), "fast_weights")
         state, (o_clean, o_later) = fw.scan_chunks(
             initial, chunks, (by_chunk(q_clean), q_later), self.config.rule,
@@ -324,7 +337,7 @@ class LaCT(QKVO):
         )  # fmt: skip
         w0, w1, w2 = fw.to_matrices(state.weights)
         stats = {
-            "fw_lr_norm": mean_norm(lr),
+            "fw_lr_norm": mean_norm(per_token.lr),
             "fw_w0_norm": mean_norm(w0),
             "fw_w1_norm": mean_norm(w1),
             "fw_w2_norm": mean_norm(w2),
@@ -348,23 +361,21 @@ class LaCT(QKVO):
         q_fast = self._fast_qk(q, rotation_SP2[None], 0)
         o_fast = fw.read(cache.fast.weights, q_fast)
         q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
-        return self._merge(x_BSD, o_fast, attend_with_past(q, k, v, cache.past)[0])
+        o_window, _ = attend_with_past(q, k, v, cache.past)
+        return self._merge(self._per_token(x_BSD).gate, o_fast, o_window)
 
     def commit(self, x_BSD: jax.Array, rotation_SP2: jax.Array, cache: LaCTCache):
         """See mixer.py."""
         q, k, v = self.project(x_BSD)
-        chunk = fw.Chunk(
-            self._fast_qk(k, rotation_SP2[None], 1),
-            self._fast_v(v),
-            self._learning_rates(x_BSD),
-            self._momentum(x_BSD),
-        )
+        per_token = self._per_token(x_BSD)
+        k_fast = self._fast_qk(k, rotation_SP2[None], 1)
+        chunk = fw.Chunk(k_fast, self._fast_v(v), *per_token.to_write())
         initial = self._initial_weights(x_BSD.shape[0])
         fast = fw.update(cache.fast, chunk, fw.row_norms(initial), self.config.rule)
         o_fast = fw.read(fast.weights, self._fast_qk(q, rotation_SP2[None], 0))
         q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)
-        return self._merge(x_BSD, o_fast, o_window), LaCTCache(fast, past)
+        return self._merge(per_token.gate, o_fast, o_window), LaCTCache(fast, past)
 
 
 def _leading_chunk_axis(x: jax.Array) -> jax.Array:

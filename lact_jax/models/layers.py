@@ -1,10 +1,11 @@
 """Small layers of the Wan DiT: norms, projections, time embedding, patches.
 
 Letters: B batch, C chunks, F latent frames of a chunk, h, w latent height and width, c channels,
-S tokens of a chunk, D width.
+S tokens of a chunk, D width, N width of a narrow output.
 """
 
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -40,25 +41,47 @@ def project_float32(layer: nnx.Linear, x: jax.Array) -> jax.Array:
 
     For narrow outputs whose nonlinearity would feel the rounding of a bfloat16 result.
     """
-    kernel = layer.kernel[...].astype(x.dtype)
-    return _matmul_to_float32(x, kernel) + layer.bias[...]
+    return project_joined_float32((layer,), x)
+
+
+def project_joined_float32(layers: Sequence[nnx.Linear], x: jax.Array) -> jax.Array:
+    """`project_float32` of several layers side by side, by one matmul: x is read once for all.
+
+    Args:
+      layers: of the same input width; their output widths add up to N.
+      x: (..., S, D).
+
+    Returns:
+      (..., S, N) float32.
+    """
+    kernel_DN = jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1)
+    bias_N = jnp.concatenate([layer.bias[...] for layer in layers])
+    return _matmul_to_float32(x, kernel_DN) + bias_N
 
 
 @jax.custom_vjp
-def _matmul_to_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    precision = matmul_precision(x.dtype)
-    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+def _matmul_to_float32(x: jax.Array, kernel_DN: jax.Array) -> jax.Array:
+    """x (..., S, D) times the kernel in x's dtype: (..., S, N) float32."""
+    kernel_DN, precision = kernel_DN.astype(x.dtype), matmul_precision(x.dtype)
+    return jnp.matmul(x, kernel_DN, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _matmul_to_float32_fwd(x, kernel):
-    return _matmul_to_float32(x, kernel), (x, kernel)
+def _matmul_to_float32_fwd(x, kernel_DN):
+    return _matmul_to_float32(x, kernel_DN), (x, kernel_DN)
 
 
 def _matmul_to_float32_bwd(residuals, grad):
+    x, kernel_DN = residuals
+    precision = matmul_precision(x.dtype)
     # The cotangent arrives in float32; unless it is cast, x is copied to float32 to meet it.
-    dtype = residuals[0].dtype
-    _, transpose = jax.vjp(partial(jnp.matmul, precision=matmul_precision(dtype)), *residuals)
-    return transpose(grad.astype(dtype))
+    grad = grad.astype(x.dtype)
+    dx = jnp.matmul(grad, kernel_DN.astype(x.dtype).T, precision=precision)
+    # A product for each chunk: XLA cuts a sum over all tokens up itself, in a padded copy of x.
+    dkernel = jnp.einsum(
+        "...sd,...sn->...dn", x, grad, precision=precision, preferred_element_type=jnp.float32
+    )
+    dkernel_DN = jnp.sum(dkernel, axis=range(dkernel.ndim - 2))
+    return dx, dkernel_DN.astype(kernel_DN.dtype)
 
 
 _matmul_to_float32.defvjp(_matmul_to_float32_fwd, _matmul_to_float32_bwd)

@@ -1,6 +1,5 @@
 """The LaCT layer, option by option, against a float64 twin; what it is before training."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from model_fixtures import (
     HEAD_DIM,
     LACT_OPTIONS,
     TOKENS,
+    equations,
     identity_fast_weights,
     kernels_of,
     lact,
@@ -116,6 +116,22 @@ def test_learning_rates_start_at_the_base_rate():
     layer.params["lr_proj"] = jax.tree.map(np.zeros_like, layer.params["lr_proj"])
     _, stats = layer.sequence(layer.params, *random_stream(1, 1, DIM))
     np.testing.assert_allclose(stats["fw_lr_norm"], 0.02 * 3**0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sequence", "commit"])
+def test_narrow_projections_are_one_matmul(method):
+    """x is read once for learning rates, gate and momentum, and the gate's statistic."""
+    layer = make_layer(momentum=True)
+    noise, clean = random_stream(1, 1, DIM)
+    arguments = {
+        "sequence": (noise, clean),
+        "commit": (clean[:, 0], 0, layer.init_cache(layer.params, 1)),
+    }[method]
+    program = jax.make_jaxpr(lambda params: getattr(layer, method)(params, *arguments))
+    products = equations(program(layer.params).jaxpr, "dot_general")
+    heads = DIM // lact().fw_head_dim
+    widths = [product.outvars[0].aval.shape[-1] for product in products]
+    assert [n for n in widths if n <= 4 * heads + 1] == [3 * heads + 1 + heads]
 
 
 def test_identity_weights_can_be_trained():

@@ -92,6 +92,44 @@ def test_project_float32_does_not_round_its_result():
     assert relative_error(layer(x), want) > 1e-4  # bfloat16 cannot hold it
 
 
+def narrow_layers(dtype):
+    rngs = nnx.Rngs(3)
+    narrow = nnx.List([layers.linear(64, n, dtype=dtype, rngs=rngs) for n in (6, 1, 2)])
+    for i, layer in enumerate(narrow):
+        layer.bias[...] = normal(20 + i, *layer.bias.shape)
+    return narrow
+
+
+def side_by_side(narrow, x):
+    return jnp.concatenate([layer(x) for layer in narrow], axis=-1)
+
+
+def value_and_gradients(project, narrow, x):
+    """project(narrow, x), and the gradients of its parameters and of x in a weighted sum."""
+    graph, params = nnx.split(narrow)
+
+    def weigh(params, x):
+        y = project(nnx.merge(graph, params), x)
+        return jnp.sum(jnp.sin(y) * normal(14, *y.shape)), y
+
+    gradients, y = jax.grad(weigh, (0, 1), has_aux=True)(params, x)
+    return y, *gradients
+
+
+@pytest.mark.parametrize("shape", [(30, 64), (2, 30, 64), (2, 3, 30, 64)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 1e-2)])
+def test_joined_projection_is_its_layers_side_by_side(shape, dtype, tolerance):
+    x = normal(13, *shape).astype(dtype)
+    got = value_and_gradients(layers.project_joined_float32, narrow_layers(dtype), x)
+    want = value_and_gradients(side_by_side, narrow_layers("float32"), x.astype(jnp.float32))
+    y, dparams, dx = got
+    assert y.dtype == jnp.float32 and dx.dtype == x.dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(dparams)} == {jnp.dtype("float32")}
+    for mine, plain in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert mine.shape == plain.shape
+        assert relative_error(mine, plain) < tolerance
+
+
 def test_mlp_is_two_linears_around_the_tanh_gelu():
     mlp = layers.MLP(6, 10, 4, layers.gelu_tanh, dtype="float32", rngs=nnx.Rngs(2))
     mlp.fc1.bias[...], mlp.fc2.bias[...] = normal(9, 10), normal(10, 4)
