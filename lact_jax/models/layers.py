@@ -70,17 +70,24 @@ def _matmul_to_float32_fwd(x, kernel_DN):
     return _matmul_to_float32(x, kernel_DN), (x, kernel_DN)
 
 
+def _part_of(tokens: int, largest: int = 512) -> int:
+    """The largest divisor up to `largest` that is a multiple of 8; all of them if there is none."""
+    return next((size for size in range(largest, 0, -8) if tokens % size == 0), tokens)
+
+
 def _matmul_to_float32_bwd(residuals, grad):
     x, kernel_DN = residuals
     precision = matmul_precision(x.dtype)
     # The cotangent arrives in float32; unless it is cast, x is copied to float32 to meet it.
     grad = grad.astype(x.dtype)
     dx = jnp.matmul(grad, kernel_DN.astype(x.dtype).T, precision=precision)
-    # A product for each chunk: XLA cuts a sum over all tokens up itself, in a padded copy of x.
+    # Products of some hundred tokens: XLA cuts a longer sum up itself, in a padded copy of x.
+    size = _part_of(x.shape[-2])
+    parts = (y.reshape(-1, size, y.shape[-1]) for y in (x, grad))
     dkernel = jnp.einsum(
-        "...sd,...sn->...dn", x, grad, precision=precision, preferred_element_type=jnp.float32
+        "psd,psn->pdn", *parts, precision=precision, preferred_element_type=jnp.float32
     )
-    dkernel_DN = jnp.sum(dkernel, axis=range(dkernel.ndim - 2))
+    dkernel_DN = jnp.sum(dkernel, axis=0)
     return dx, dkernel_DN.astype(kernel_DN.dtype)
 
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
 from lact_jax.ops.row_kernels import (
+    BACKWARD,
+    FORWARD,
     KernelOptions,
     Part,
     Row,
@@ -179,7 +181,9 @@ def _add_norm_fwd(x_NSD, y_NSD, gate_ND, offset_ND, scale_ND, shift_ND, options)
         out["x"] = (shape, jnp.float32)
     kernel = partial(_forward_kernel, eps=options.eps)
     arrays = {"x": x_NSD, "y": y_NSD} | vectors
-    out = run_rows(kernel, arrays, out, _PARTS, shape, options, name="add_norm")
+    out = run_rows(
+        kernel, arrays, out, _PARTS, shape, options, program=FORWARD, name="add_norm"
+    )  # fmt: skip
     x_NSD = out.get("x", x_NSD)
     kept = {"x": x_NSD, "scale": scale_ND, "mean": out["mean"], "rstd": out["rstd"]}
     if gate_ND is not None:
@@ -201,7 +205,10 @@ def _add_norm_bwd(options, residuals, cotangents):
     if like_y is not None and ("gate" in kept or like_y.dtype != jnp.float32):
         out["dy"] = (shape, like_y.dtype)
     arrays = kept | {"dx": dx_NSD, "dh": dh_NSD}
-    out = run_rows(_backward_kernel, arrays, out, _PARTS, shape, options, name="add_norm_grad")
+    out = run_rows(
+        _backward_kernel, arrays, out, _PARTS, shape, options, program=BACKWARD,
+        name="add_norm_grad",
+    )  # fmt: skip
     dy_NSD = None if like_y is None else out.get("dy", out["dx"])
     dvectors = {name: jnp.sum(out[name], axis=1) for name in sums}
     names = "dgate", "doffset", "dscale", "dshift"

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lact_jax.ops.row_kernels import (
+    BACKWARD,
+    FORWARD,
     KernelOptions,
     Part,
     Row,
@@ -55,26 +57,30 @@ def _biased_rms_norm(z_TD, bias_D, scale_D, options):
 
 def _forward(z_TD, bias_D, scale_D, options):
     out = {"n": ((1, *z_TD.shape), options.dtype)}
-    n_TD = _run("rms_norm", _forward_kernel, z_TD, bias_D, scale_D, {}, out, options)["n"][0]
-    return n_TD, (z_TD, bias_D, scale_D)
+    residuals = z_TD, bias_D, scale_D
+    out = _run(_forward_kernel, *residuals, {}, out, options, program=FORWARD, name="rms_norm")
+    return out["n"][0], residuals
 
 
 def _backward(options, residuals, dn_TD):
     z_TD = residuals[0]
     sums = sums_shape((1, *z_TD.shape), options), jnp.float32
     out = {"dz": ((1, *z_TD.shape), z_TD.dtype), "dbias": sums, "dscale": sums}
-    out = _run("rms_norm_grad", _backward_kernel, *residuals, {"dn": dn_TD[None]}, out, options)
+    others = {"dn": dn_TD[None]}
+    out = _run(
+        _backward_kernel, *residuals, others, out, options, program=BACKWARD, name="rms_norm_grad"
+    )
     return out["dz"][0], *(jnp.sum(out[name], axis=(0, 1)) for name in ("dbias", "dscale"))
 
 
 _biased_rms_norm.defvjp(_forward, _backward)
 
 
-def _run(name, kernel, z_TD, bias_D, scale_D, others: dict, out: dict, options) -> dict:
+def _run(kernel, z_TD, bias_D, scale_D, others: dict, out: dict, options, **how) -> dict:
     """Runs a kernel over all tokens as one chunk; its outputs by name."""
     arrays = {"z": z_TD[None], "bias": bias_D[None], "scale": scale_D[None]} | others
     kernel = partial(kernel, eps=options.eps)
-    return run_rows(kernel, arrays, out, _PARTS, (1, *z_TD.shape), options, name=name)
+    return run_rows(kernel, arrays, out, _PARTS, (1, *z_TD.shape), options, **how)
 
 
 def _forward_kernel(refs, out, *, rows, shape, lanes, eps):

@@ -11,22 +11,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Rows that one program runs over, one at a time. Backward passes write one sum a program: with 40
-# these are 5 % of their bytes, and 4680 tokens are 117 programs a chunk.
-ROWS = 40
 WARP_THREADS = 32
 PIECE_PER_THREAD = 4
-# Of each array a thread holds at most so many numbers of a row: more would not fit its registers,
-# nor would a row that takes more than 16 warps.
-ROW_PER_THREAD = 16
+
+
+class Program(NamedTuple):
+    """What a program has: rows that it goes through one at a time, and of each of a row's arrays at
+    most so many numbers a thread."""
+
+    rows: int
+    per_thread: int
+
+
+# The fastest of 18 and 14 on an H200, for add and norm of the 1536 numbers of ar_chunk3f. A single
+# warp holds a row of those without waiting for others; the backward passes hold too many arrays for
+# that. They write their sums once a program: with 40 rows these are 5 % of their bytes.
+FORWARD = Program(rows=20, per_thread=48)
+BACKWARD = Program(rows=40, per_thread=16)
+
 MIN_WIDTH = 256
-MAX_WIDTH = 16 * WARP_THREADS * ROW_PER_THREAD
+# No program has more than 16 warps.
+MAX_WIDTH = 16 * WARP_THREADS * BACKWARD.per_thread
 
 
 class Part(Enum):
@@ -51,35 +63,35 @@ class KernelOptions:
     Attributes:
       eps: added to the variance or mean square of a row.
       dtype: of the normalised rows.
-      rows: of a program, at most.
+      rows: of a program, at most; None for its pass's.
       num_warps: of a program; None for as many as hold a row.
       interpret: run as plain JAX, on any device, slowly.
     """
 
     eps: float
     dtype: jnp.dtype
-    rows: int = ROWS
+    rows: int | None = None
     num_warps: int | None = None
     interpret: bool = False
 
 
-def _rows_of_run(tokens: int, options: KernelOptions) -> int:
-    return min(options.rows, tokens)
+def _rows_of_run(tokens: int, program: Program, options: KernelOptions) -> int:
+    return min(options.rows or program.rows, tokens)
 
 
 def sums_shape(shape: tuple, options: KernelOptions) -> tuple[int, int, int]:
-    """(N, runs, D) for rows (N, S, D): every run writes sums of its own."""
+    """(N, runs, D) for rows (N, S, D): every run of a backward pass writes sums of its own."""
     chunks, tokens, width = shape
-    return chunks, pl.cdiv(tokens, _rows_of_run(tokens, options)), width
+    return chunks, pl.cdiv(tokens, _rows_of_run(tokens, BACKWARD, options)), width
 
 
-def _num_warps(width: int) -> int:
-    return pl.next_power_of_2(pl.cdiv(width, ROW_PER_THREAD * WARP_THREADS))
+def _num_warps(width: int, program: Program) -> int:
+    return pl.next_power_of_2(pl.cdiv(width, program.per_thread * WARP_THREADS))
 
 
 def run_rows(
     kernel: Callable, arrays: dict, out: dict, parts: dict, shape: tuple, options: KernelOptions,
-    *, name: str,
+    *, program: Program, name: str,
 ) -> dict:  # fmt: skip
     """Runs kernel(arrays, out, rows=..., shape=..., lanes=...) over all runs of rows of all chunks.
 
@@ -90,13 +102,15 @@ def run_rows(
       parts: the `Part` of every array by name; there may be more than are used.
       shape: (N, S, D).
       options: see `KernelOptions`.
+      program: FORWARD or BACKWARD.
       name: what profiles call it.
 
     Returns:
       The outputs by name.
     """
     chunks, tokens, width = shape
-    rows, num_warps = _rows_of_run(tokens, options), options.num_warps or _num_warps(width)
+    rows = _rows_of_run(tokens, program, options)
+    num_warps = options.num_warps or _num_warps(width, program)
     lanes = PIECE_PER_THREAD * WARP_THREADS * num_warps
     padded = pl.cdiv(width, lanes) * lanes
     specs = {
