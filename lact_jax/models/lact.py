@@ -20,9 +20,11 @@ from jax.sharding import PartitionSpec
 from lact_jax.models.layers import RMSNorm, linear, project_joined_float32, without_bias
 from lact_jax.models.mixer import (
     QKVO,
+    KeysWithPast,
     KeyValues,
     attend_and_keep,
     attend_with_past,
+    can_join_past,
     mean_norm,
     regroup_heads,
     window_attention_parts,
@@ -213,9 +215,8 @@ class LaCT(QKVO):
 
     def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
-        window, reads = window_parts(layout), (layout.first, layout.clean, layout.later)
-        q, q_fast = self._window_and_fast("q", x_BCSD, rotation_CSP2, window, reads)
-        k, (k_fast,) = self._window_and_fast("k", x_BCSD, rotation_CSP2, window, (layout.clean,))
+        q, q_fast = self._window_and_fast("q", x_BCSD, rotation_CSP2, layout)
+        k, (k_fast,) = self._window_and_fast("k", x_BCSD, rotation_CSP2, layout)
         v = self.heads(checkpoint_name(self.v(x_BCSD), "qkv"))
         per_token = self._per_token(x_BCSD)
         with jax.named_scope("fast_weights"):
@@ -225,30 +226,37 @@ class LaCT(QKVO):
         y_BCSD, merge_stats = self._merge_sequence(per_token.gate, o_fast, o_window, layout)
         return y_BCSD, fast_stats | merge_stats
 
-    def _window_and_fast(self, name: str, x_BCSD, rotation_CSP2, window, fast):
+    def _window_and_fast(self, name: str, x_BCSD, rotation_CSP2, layout: SequenceLayout):
         """q or k, projected, normed and rotated, for its two readers.
 
         Args:
           name: 'q' or 'k'.
           x_BCSD: the layer's input.
-          rotation_CSP2: see mixer.py.
-          window, fast: slices of the chunks.
+          rotation_CSP2, layout: see mixer.py.
 
         Returns:
-          For each slice of `window` heads (B, C', S, N, K), and for each slice of `fast` fast heads
-          (B, C', M, S, E).
+          Heads (B, C', S, N, K) of each of `window_parts`; k as `KeysWithPast` where a kernel can
+          write that. And fast heads (B, C', M, S, E): q of the `first`, `clean` and `later` chunks,
+          k of the `clean` ones.
         """
         column = "qk".index(name)
         project, norm = getattr(self, name), getattr(self, f"norm_{name}")
+        window = window_parts(layout)
+        fast = ((layout.first, layout.clean, layout.later), (layout.clean,))[column]
         backend = self._qk_backend(x_BCSD, (*window, *fast))
         if backend != "xla":
-            z_BCSD = checkpoint_name(without_bias(project, x_BCSD), "qkv")
-            vectors = norm.scale[...], self.qk_scale[...][:, column], self.qk_offset[...][:, column]
+            joins = name == "k" and can_join_past(layout, self.config.kv_cache_size)
             options = QKOptions(
-                self.num_fw_heads, self.eps, L2_EPS, _ends(window), _ends(fast),
+                self.num_fw_heads, self.eps, L2_EPS,
+                _ends(window[:1] if joins else window), _ends(fast),
+                joined=(_ends((layout.clean, layout.later)),) if joins else (),
                 interpret=backend == "interpret",
             )  # fmt: skip
-            return window_and_fast(z_BCSD, project.bias[...], rotation_CSP2, *vectors, options)
+            z_BCSD = checkpoint_name(without_bias(project, x_BCSD), "qkv")
+            vectors = norm.scale[...], self.qk_scale[...][:, column], self.qk_offset[...][:, column]
+            bias_D = project.bias[...]
+            heads, fast = window_and_fast(z_BCSD, bias_D, rotation_CSP2, *vectors, options)
+            return KeysWithPast(*heads) if joins else heads, fast
         y_BCSNK = self.heads(norm(checkpoint_name(project(x_BCSD), "qkv")))
         return (
             tuple(apply_rope(y_BCSNK[:, part], rotation_CSP2[part]) for part in window),

@@ -116,6 +116,24 @@ def window_parts(layout: SequenceLayout) -> tuple[slice, ...]:
     return (alone, layout.later) if layout.num_clean else (alone,)
 
 
+class KeysWithPast(NamedTuple):
+    """Keys of each of `window_parts` as queries see them.
+
+    alone: of the chunk itself, (B, C', S, N, K).
+    later: of the clean chunk before and of the chunk itself, (B, C', 2 S, N, K).
+    """
+
+    alone: jax.Array
+    later: jax.Array
+
+
+def can_join_past(layout: SequenceLayout, size: int | None) -> bool:
+    """Whether `window_attention_parts` takes `KeysWithPast`: where a clean chunk is seen whole, by
+    one noise copy, and no device has to exchange tokens first."""
+    seen_once = layout.num_clean > 0 and layout.num_repeat == 1
+    return seen_once and size is None and parallel.seq_size() == 1
+
+
 def window_attention(q, k, v, layout: SequenceLayout, size: int | None) -> jax.Array:
     """`window_attention_parts` joined: (B, C, S, N, K)."""
     return jnp.concatenate(window_attention_parts(q, k, v, layout, size), axis=1)
@@ -128,7 +146,8 @@ def window_attention_parts(
 
     Args:
       q, k, v: (B, C, S, N, K) in the layout's order, q and k after RoPE; or each as a tuple of
-        arrays, one for each of `window_parts`, which spares the copies that slicing takes.
+        arrays, one for each of `window_parts`, which spares the copies that slicing takes. Where
+        `can_join_past`, k may be `KeysWithPast`, which spares those of joining as well.
       layout: the teacher-forcing sequence's.
       size: tokens of the clean chunk before that a noise copy sees; None for all.
 
@@ -142,16 +161,19 @@ def window_attention_parts(
         o_alone = attend_chunks(q[0], k[0], v[0])
         if layout.num_clean == 0:
             return (o_alone,), None
-        before = (
-            jnp.repeat(last_tokens(x[0][:, layout.clean], size), layout.num_repeat, axis=1)
-            for x in (k, v)
-        )
-        k_later, v_later = (
-            jnp.concatenate([past, x[1]], axis=2) for past, x in zip(before, (k, v), strict=True)
-        )
+        k_later, v_later = (_with_past(x, layout, size) for x in (k, v))
         return (o_alone, attend_chunks(q[1], k_later, v_later)), None
 
     return attend_to_whole_chunks(attention, *qkv)[0]
+
+
+def _with_past(parts: tuple, layout: SequenceLayout, size: int | None) -> jax.Array:
+    """Keys or values that each of the later chunks attends to: (B, C', T, N, K)."""
+    if isinstance(parts, KeysWithPast):
+        return parts.later
+    alone, own = parts
+    past = jnp.repeat(last_tokens(alone[:, layout.clean], size), layout.num_repeat, axis=1)
+    return jnp.concatenate([past, own], axis=2)
 
 
 class KeyValues(NamedTuple):

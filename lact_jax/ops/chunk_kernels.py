@@ -91,6 +91,16 @@ def place(chunk: jax.Array, chunks: ChunkRange) -> jax.Array:
     return jnp.minimum(jnp.maximum(chunk - first, 0), end - first - 1)
 
 
+def place_in_turn(chunk: jax.Array, ranges: tuple[ChunkRange, ...]) -> jax.Array:
+    """`place` in an array that has the first chunk of every range, then the second of every range,
+    and so on. The ranges are equally long, and each ends before the next."""
+    places = [place(chunk, chunks) * len(ranges) + i for i, chunks in enumerate(ranges)]
+    result = places[0]
+    for (first, _), other in zip(ranges[1:], places[1:], strict=True):
+        result = jnp.where(first <= chunk, other, result)
+    return result
+
+
 def _at(ref, index: tuple):
     # Interpreted, JAX 0.10 takes no plain integers beside a mask.
     return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]

@@ -35,7 +35,7 @@ from lact_jax.ops.chunk_kernels import (
     store,
     within,
 )
-from lact_jax.ops.qk_tiles import BACKWARD, FORWARD, MAX_LANES, SUMS, Program, Sizes
+from lact_jax.ops.qk_tiles import BACKWARD, FORWARD, MAX_LANES, SUMS, Program, Ranges, Sizes
 
 _VECTORS = "bias", "norm_scale", "fast_scale", "fast_offset"
 _EVERY = slice(None)
@@ -51,6 +51,9 @@ class QKOptions:
       l2_eps: added to the L2 norm.
       window, fast: the range of chunks of every array of outputs. Arrays that are read apart are
         written apart, which spares the copies that slicing one would take.
+      joined: the two ranges of every further array for window attention: each of its places has
+        the tokens of a chunk of the first range, then those of the second range's chunk. The ranges
+        are equally long, and the first ends before the second.
       interpret: run on any device, slowly.
     """
 
@@ -59,7 +62,23 @@ class QKOptions:
     l2_eps: float
     window: tuple[ChunkRange, ...]
     fast: tuple[ChunkRange, ...]
+    joined: tuple[tuple[ChunkRange, ChunkRange], ...] = ()
     interpret: bool = False
+
+    def __post_init__(self):
+        for past, own in self.joined:
+            if past[1] - past[0] != own[1] - own[0] or past[1] > own[0]:
+                raise ValueError(f"can't join the chunks {past} with {own}")
+
+    @property
+    def of_window(self) -> tuple[Ranges, ...]:
+        """The chunks of every array for window attention."""
+        return (*((chunks,) for chunks in self.window), *self.joined)
+
+    @property
+    def of_fast(self) -> tuple[Ranges, ...]:
+        """The chunks of every array for the fast weights."""
+        return tuple((chunks,) for chunks in self.fast)
 
 
 def fits(num_heads: int, head_dim: int, fast_heads: int) -> bool:
@@ -85,8 +104,9 @@ def window_and_fast(
       options: `QKOptions`; sizes as `fits` wants them, no range of chunks empty.
 
     Returns:
-      Two tuples of arrays in z's dtype, one for each range: (B, C', S, N, K) for window attention,
-      (B, C', M, S, E) for the fast weights.
+      Two tuples of arrays in z's dtype: for window attention (B, C', S, N, K) of each range, then
+      (B, C', 2 S, N, K) of each two that are joined; for the fast weights (B, C', M, S, E) of each
+      range.
     """
     vectors = norm_scale_D, fast_scale_D, fast_offset_D
     return _forward(z_BCSD, bias_D, rotation_CSP2, *vectors, options)[0]
@@ -97,11 +117,14 @@ def _forward(z_BCSD, bias_D, rotation_CSP2, norm_scale_D, fast_scale_D, fast_off
     sizes, arrays = _inputs(residuals, options, FORWARD)
     like = partial(jax.ShapeDtypeStruct, dtype=z_BCSD.dtype)
     out = {
-        "window": [like(sizes.window_shape(chunks)) for chunks in options.window],
-        "fast": [like(sizes.fast_shape(chunks)) for chunks in options.fast],
+        "window": [like(sizes.window_shape(ranges)) for ranges in options.of_window],
+        "fast": [like(sizes.fast_shape(ranges)) for ranges in options.of_fast],
     }
     out = _run(_forward_kernel, arrays, out, sizes, options)
-    window = tuple(x.reshape(*x.shape[:3], -1, sizes.head_dim) for x in out["window"])
+    window = tuple(
+        x.reshape(x.shape[0], -1, len(ranges) * sizes.tokens, sizes.heads, sizes.head_dim)
+        for x, ranges in zip(out["window"], options.of_window, strict=True)
+    )
     fast = tuple(x.reshape(*x.shape[:4], -1) for x in out["fast"])
     return (window, fast), residuals
 
@@ -110,10 +133,10 @@ def _backward(options, residuals, cotangents):
     z_BCSD, bias_D, _, norm_scale_D, fast_scale_D, _ = residuals
     sizes, arrays = _inputs(residuals, options, BACKWARD)
     window, fast = (
-        [x.reshape(shape(chunks)) for x, chunks in zip(arrays, ranges, strict=True)]
-        for arrays, ranges, shape in zip(
+        [x.reshape(shape(ranges)) for x, ranges in zip(arrays, of_arrays, strict=True)]
+        for arrays, of_arrays, shape in zip(
             cotangents,
-            (options.window, options.fast),
+            (options.of_window, options.of_fast),
             (sizes.window_shape, sizes.fast_shape),
             strict=True,
         )
@@ -141,7 +164,7 @@ def _inputs(residuals: tuple, options: QKOptions, program: Program) -> tuple[Siz
     sizes = Sizes.of(z_BCSD.shape, head_dim, options.fast_heads, program)
     vectors = dict(zip(_VECTORS, (bias_D, *vectors_D), strict=True))
     return sizes, {
-        "z": z_BCSD.reshape(sizes.window_shape((0, sizes.chunks))),
+        "z": z_BCSD.reshape(sizes.window_shape(sizes.all_chunks)),
         "rotation": rotation_CSP2.reshape(*rotation_CSP2.shape[:2], head_dim),
         **{name: vector_D.reshape(sizes.token) for name, vector_D in vectors.items()},
     }
@@ -150,10 +173,10 @@ def _inputs(residuals: tuple, options: QKOptions, program: Program) -> tuple[Siz
 def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> dict:
     """Calls a kernel with arrays by name; what it makes, by name."""
     blocks = {
-        "z": sizes.window_block((0, sizes.chunks)),
+        "z": sizes.window_block(sizes.all_chunks),
         "rotation": sizes.rotation_block(),
-        "window": list(map(sizes.window_block, options.window)),
-        "fast": list(map(sizes.fast_block, options.fast)),
+        "window": list(map(sizes.window_block, options.of_window)),
+        "fast": list(map(sizes.fast_block, options.of_fast)),
         "sums": sizes.sums_block(),
         **dict.fromkeys(_VECTORS, sizes.vector_block()),
     }
@@ -172,17 +195,22 @@ def _in_own_case(body, arrays: dict, sizes: Sizes, options: QKOptions) -> None:
     The body is compiled once for each run of chunks with the same readers: so a program computes
     nothing that nobody reads, and has no instructions that a mask turns off.
     """
-    ends = {0, sizes.chunks, *itertools.chain(*options.window, *options.fast)}
+    ranges = itertools.chain(*options.of_window, *options.of_fast)
+    ends = {0, sizes.chunks, *itertools.chain(*ranges)}
     for first, end in itertools.pairwise(sorted(ends)):
-        window = _with_chunk(first, arrays["window"], options.window)
-        fast = _with_chunk(first, arrays["fast"], options.fast)
+        window = _with_chunk(first, arrays["window"], options.of_window)
+        fast = _with_chunk(first, arrays["fast"], options.of_fast)
         (has_chunk,) = within(((first, end),))
         pl.when(has_chunk)(partial(body, window, fast))
 
 
-def _with_chunk(chunk: int, refs: list, ranges: tuple[ChunkRange, ...]) -> list:
-    """Those of the arrays whose range has the chunk."""
-    return [ref for ref, (first, end) in zip(refs, ranges, strict=True) if first <= chunk < end]
+def _with_chunk(chunk: int, refs: list, of_refs: tuple[Ranges, ...]) -> list:
+    """Those of the arrays that have the chunk."""
+    return [
+        ref
+        for ref, ranges in zip(refs, of_refs, strict=True)
+        if any(first <= chunk < end for first, end in ranges)
+    ]
 
 
 def _window_at(t):
@@ -205,9 +233,11 @@ class _Tokens:
     def load(self, ref, at) -> list[jax.Array]:
         return [load(ref, at(i), self.exists_ML) for i in range(self.sizes.pieces)]
 
-    def store(self, ref, at, pieces: list[jax.Array]) -> None:
+    def store(self, refs: list, at, pieces: list[jax.Array]) -> None:
+        """To each of the arrays. A piece is done with before the next: so few registers wait."""
         for i, piece in enumerate(pieces):
-            store(ref, at(i), piece, self.exists_ML)
+            for ref in refs:
+                store(ref, at(i), piece, self.exists_ML)
 
     def vector(self, name: str) -> list[jax.Array]:
         """A parameter. Read for every token, from cache: there are no registers left for it."""
@@ -276,16 +306,13 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
             cos, sin = tokens.rotation(t)
             _, _, n = tokens.normed(tokens.load(refs["z"], _window_at(t)))
             if window:
-                rotated = tokens.rotate(n, cos, sin)
-                for ref in window:
-                    tokens.store(ref, _window_at(t), rotated)
+                tokens.store(window, _window_at(t), tokens.rotate(n, cos, sin))
             if fast:
                 y = tokens.y(n)
                 (squares,) = _for_each(tokens.products(y, y))
                 factor = 1 / (jnp.sqrt(squares) + options.l2_eps)
                 rotated = tokens.rotate([piece * factor for piece in y], cos, sin)
-                for ref in fast:
-                    tokens.store(ref, _fast_at(t), rotated)
+                tokens.store(fast, _fast_at(t), rotated)
             return carry
 
         jax.lax.fori_loop(0, count, token, None)
@@ -324,12 +351,12 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
             dnormed = list(map(jnp.multiply, dn, tokens.vector("norm_scale")))
             along = _for_all(tokens.products(dnormed, normed)) * (-1 / sizes.width)
             dz = [add_product(x, along, dx) * rrms for x, dx in zip(normed, dnormed, strict=True)]
-            tokens.store(out["z"], _window_at(t), dz)
+            tokens.store([out["z"]], _window_at(t), dz)
             return list(map(jnp.add, dz, sum_dz)), sum_window, sum_fast, sum_dy
 
         sums = jax.lax.fori_loop(0, count, token, (zeros,) * SUMS)
         for place, total in enumerate(sums):
-            tokens.store(out["sums"], partial(_sum_at, place), total)
+            tokens.store([out["sums"]], partial(_sum_at, place), total)
 
     _in_own_case(own_case, refs, sizes, options)
 

@@ -1,7 +1,7 @@
 """How the kernels of `qk_kernels` cut their arrays: shapes, and each program's block of them.
 
-Letters: B batch, C chunks, S tokens of a chunk, D width, K head width, M fast-weight heads,
-L numbers of a piece of a fast head.
+Letters: B batch, C chunks, S tokens of a chunk, D width, N attention heads, K head width,
+M fast-weight heads, L numbers of a piece of a fast head.
 """
 
 import math
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place
+from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place_in_turn
+
+# The chunks of an array: one range, or several with their chunks in turn (`place_in_turn`).
+Ranges = tuple[ChunkRange, ...]
 
 WARP_THREADS = 32
 # Wider tokens are not taken: 16 warps of a program have 128 registers a thread, of which the sums
@@ -42,8 +45,8 @@ BACKWARD = Program(tokens=40, lanes=24)
 class Sizes(TokenRuns):
     """Sizes, and which block of each array a program has.
 
-    Where an array has a range of the chunks only, a program of another chunk is given some block,
-    which it masks.
+    Where an array has some of the chunks only, a program of another chunk is given some block,
+    which it leaves alone.
 
     head_dim: K.
     token: a token's numbers as (M, pieces, L). A piece is as many whole attention heads as the
@@ -78,6 +81,15 @@ class Sizes(TokenRuns):
         return math.prod(self.token)
 
     @property
+    def heads(self) -> int:
+        """N."""
+        return self.width // self.head_dim
+
+    @property
+    def all_chunks(self) -> Ranges:
+        return ((0, self.chunks),)
+
+    @property
     def pieces(self) -> int:
         """In how many arrays (M, L) the kernels hold a token."""
         return self.token[1]
@@ -104,14 +116,14 @@ class Sizes(TokenRuns):
 
     # Shapes.
 
-    def window_shape(self, chunks: ChunkRange) -> tuple[int, ...]:
+    def window_shape(self, ranges: Ranges) -> tuple[int, ...]:
         """Of an array with the layout of attention."""
-        return self.batch, chunks[1] - chunks[0], self.tokens, *self.token
+        return self.batch, _length(ranges), self.tokens, *self.token
 
-    def fast_shape(self, chunks: ChunkRange) -> tuple[int, ...]:
+    def fast_shape(self, ranges: Ranges) -> tuple[int, ...]:
         """Of an array with the layout of the fast weights."""
         fast_heads, *pieces = self.token
-        return self.batch, chunks[1] - chunks[0], fast_heads, self.tokens, *pieces
+        return self.batch, _length(ranges), fast_heads, self.tokens, *pieces
 
     @property
     def sums_shape(self) -> tuple[int, ...]:
@@ -120,17 +132,17 @@ class Sizes(TokenRuns):
 
     # Blocks.
 
-    def window_block(self, chunks: ChunkRange) -> pl.BlockSpec:
+    def window_block(self, ranges: Ranges) -> pl.BlockSpec:
         return pl.BlockSpec(
             (None, None, self.run, *self._token_block),
-            lambda run, chunk, clip: (clip, place(chunk, chunks), run, 0, 0, 0),
+            lambda run, chunk, clip: (clip, place_in_turn(chunk, ranges), run, 0, 0, 0),
         )
 
-    def fast_block(self, chunks: ChunkRange) -> pl.BlockSpec:
+    def fast_block(self, ranges: Ranges) -> pl.BlockSpec:
         fast_heads, *pieces = self._token_block
         return pl.BlockSpec(
             (None, None, fast_heads, self.run, *pieces),
-            lambda run, chunk, clip: (clip, place(chunk, chunks), 0, run, 0, 0),
+            lambda run, chunk, clip: (clip, place_in_turn(chunk, ranges), 0, run, 0, 0),
         )
 
     def rotation_block(self) -> pl.BlockSpec:
@@ -151,3 +163,8 @@ class Sizes(TokenRuns):
     def _token_block(self) -> tuple[int, int, int]:
         fast_heads, length = self.tile
         return fast_heads, self.pieces, length
+
+
+def _length(ranges: Ranges) -> int:
+    """How many chunks an array has."""
+    return sum(end - first for first, end in ranges)

@@ -9,6 +9,7 @@ from mixer_fixtures import make_mixer, random_stream, run_twin
 from model_fixtures import (
     HEAD_DIM,
     LACT_OPTIONS,
+    NUM_CHUNKS,
     TOKENS,
     equations,
     identity_fast_weights,
@@ -20,7 +21,10 @@ from numpy_twins import LaCTTwin, relative_error
 
 from lact_jax.models.dit import abstract_params
 from lact_jax.models.lact import LaCT, LaCTConfig
+from lact_jax.models.mixer import can_join_past
 from lact_jax.models.remat import REMAT_POLICIES
+from lact_jax.ops import parallel
+from lact_jax.ops.sequence import SequenceLayout
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -161,8 +165,9 @@ def test_bfloat16_keeps_the_memory_in_float32_and_the_window_in_bfloat16():
     assert relative_error(o, o_full) < 2e-2
 
 
-def test_sequence_by_kernels_is_the_plain_one_with_a_constant_gate_and_remat():
-    stream = random_stream(2, 2, DIM)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_sequence_by_kernels_is_the_plain_one_with_a_constant_gate_and_remat(repeats):
+    stream = random_stream(2, repeats, DIM)
 
     def outputs(kernels):
         layer = make_layer(kernels=kernels, learnable_ttt_scale=False, ttt_scale=0.5)
@@ -190,6 +195,29 @@ def test_kernels_leave_other_options_to_the_plain_form(options, taken):
     layer = make_layer(kernels="interpret", **options)
     program = jax.make_jaxpr(layer.sequence)(layer.params, *random_stream(1, 1, DIM))
     assert kernels_of(program.jaxpr) == taken
+
+
+@pytest.mark.parametrize(
+    ("options", "repeats", "joined"),
+    [({}, 1, True), ({}, 2, False), ({"kv_cache_size": 5}, 1, False)],
+)
+def test_a_kernel_joins_the_keys_of_a_whole_clean_chunk_to_its_only_reader(
+    options, repeats, joined
+):
+    layer = make_layer(kernels="interpret", **options)
+    program = jax.make_jaxpr(layer.sequence)(layer.params, *random_stream(1, repeats, DIM))
+    made = [equation.outvars[0].aval.shape for equation in equations(program.jaxpr, "concatenate")]
+    later = repeats * (NUM_CHUNKS - 1)
+    seen = TOKENS + (options.get("kv_cache_size") or TOKENS)
+    # Of values, and of keys.
+    assert made.count((1, later, seen, HEADS, HEAD_DIM)) == (1 if joined else 2)
+
+
+def test_devices_that_share_tokens_exchange_keys_before_the_past_is_joined(monkeypatch):
+    layout = SequenceLayout(3)
+    assert can_join_past(layout, None) and not can_join_past(SequenceLayout(1), None)
+    monkeypatch.setattr(parallel, "seq_size", lambda: 2)
+    assert not can_join_past(layout, None)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-def options(fast_heads, window=ALL, fast=ALL):
-    return QKOptions(fast_heads, EPS, L2_EPS, window, fast, interpret=True)
+def options(fast_heads, window=ALL, fast=ALL, joined=()):
+    return QKOptions(fast_heads, EPS, L2_EPS, window, fast, joined, interpret=True)
 
 
 def case(heads, head_dim, seed=0):
@@ -53,10 +53,15 @@ def plain(z, bias, rotation, scale, fast_scale, offset, options):
     y = apply_rope((normed * fast_scale + offset).reshape(heads), rotation)
     y = jnp.swapaxes(y.reshape(*x.shape[:-1], options.fast_heads, -1), -3, -2)
     fast = y / (l2_norm(y) + options.l2_eps)
-    return tuple(
+    windows, fasts = (
         tuple(out[:, first:end] for first, end in ranges)
         for out, ranges in ((window, options.window), (fast, options.fast))
     )
+    joined = (
+        jnp.concatenate([window[:, first:end] for first, end in pair], axis=2)
+        for pair in options.joined
+    )
+    return (*windows, *joined), fasts
 
 
 def outputs_and_gradients(form, options):
@@ -94,24 +99,27 @@ def check(got, want, dtype, limit):
 
 
 CASES = [
-    (3, 12, 3, ALL, ALL),  # a fast head is an attention head; neither size is a power of two
-    (6, 4, 1, ((0, 3), (3, 4)), SOME),  # the fast weights read two chunks of four
-    (4, 4, 2, ALL, ((1, 3), (0, 2))),  # chunk 1 is read twice, chunk 3 not by the fast weights
-    (4, 4, 2, ((1, 2),), ((2, 3),)),  # chunks that one of both reads, and that none does
+    (3, 12, 3, ALL, ALL, ()),  # a fast head is an attention head; neither size is a power of two
+    (6, 4, 1, ((0, 3), (3, 4)), SOME, ()),  # the fast weights read two chunks of four
+    (4, 4, 2, ALL, ((1, 3), (0, 2)), ()),  # chunk 1 is read twice, chunk 3 not by the fast weights
+    (4, 4, 2, ((1, 2),), ((2, 3),), ()),  # chunks that one of both reads, and that none does
+    (6, 4, 2, ((0, 2),), ((1, 2),), (((1, 2), (3, 4)),)),  # chunk 1 thrice, chunk 2 not at all
+    (3, 12, 3, (), SOME, (((0, 2), (2, 4)), ((1, 2), (2, 3)))),  # all joined, some of them twice
 ]
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "fast_heads", "window", "fast"), CASES)
+@pytest.mark.parametrize(("heads", "head_dim", "fast_heads", "window", "fast", "joined"), CASES)
 def test_values_and_gradients_are_those_of_the_plain_form(
-    heads, head_dim, fast_heads, window, fast
+    heads, head_dim, fast_heads, window, fast, joined
 ):
     args = case(heads, head_dim)
-    got, want = both_ways(args, options(fast_heads, window, fast))
+    got, want = both_ways(args, options(fast_heads, window, fast, joined))
     check(got, want, jnp.float32, 2e-6)
 
 
-def test_in_bfloat16_the_kernel_stays_near_float32():
-    got, want = both_ways(case(6, 4), options(2, ALL, SOME), low=jnp.bfloat16)
+@pytest.mark.parametrize("joined", [(), (((0, 2), (2, 4)),)])
+def test_in_bfloat16_the_kernel_stays_near_float32(joined):
+    got, want = both_ways(case(6, 4), options(2, ALL, SOME, joined), low=jnp.bfloat16)
     check(got, want, jnp.bfloat16, 5e-3)
 
 
@@ -126,10 +134,17 @@ def test_many_programs_count_all_tokens_and_zeros_have_finite_gradients():
     check(got, want, jnp.float32, 2e-6)
 
 
+@pytest.mark.parametrize("ranges", [((0, 2), (1, 2)), ((1, 3), (2, 3)), ((2, 3), (1, 2))])
+def test_only_ranges_of_one_length_in_order_are_joined(ranges):
+    with pytest.raises(ValueError, match="can't join the chunks"):
+        options(1, joined=(ranges,))
+
+
+@pytest.mark.parametrize("joined", [(), (((1, 2), (2, 3)),)])
 @pytest.mark.parametrize(("heads", "fast_heads"), [(12, 2), (40, 8), (5, 1)])
-def test_kernels_lower_for_cuda_to_one_call_each_way(heads, fast_heads):
+def test_kernels_lower_for_cuda_to_one_call_each_way(heads, fast_heads, joined):
     def gradient(*args):
-        made = QKOptions(fast_heads, EPS, L2_EPS, ((0, 1), (1, 3)), ((1, 2),))
+        made = QKOptions(fast_heads, EPS, L2_EPS, ((0, 1), (1, 3)), ((1, 2),), joined)
         outputs, transpose = jax.vjp(lambda *args: window_and_fast(*args, made), *args)
         return transpose(outputs)
 
