@@ -21,6 +21,7 @@ from lact_jax.flops import count_jaxpr_flops
 from lact_jax.hlo import Collective, collectives
 from lact_jax.models.dit import abstract_params
 from lact_jax.ops.attention import attend
+from lact_jax.ops.layer_scan import scan_layers
 from lact_jax.planning import tables, virtual
 from lact_jax.planning.bounds import bounds, collective_seconds, exchanges, fits
 from lact_jax.planning.cards import CARDS, USABLE, find_card
@@ -170,7 +171,7 @@ def test_kept_is_what_layers_stack_for_the_backward_pass():
 
     def loss(weights, x):
         body = jax.checkpoint(lambda x, w: (jnp.sin(x * w), None))
-        return jax.lax.scan(body, x, weights)[0].sum()
+        return scan_layers(body, x, weights)[0].sum()
 
     def accumulated(weights, xs):
         def body(total, x):

@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+KEPT = "kept of a layer"  # the name of what goes from the forward to the backward pass
 
 
 def scan_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
@@ -113,7 +116,7 @@ def _scan_fwd(body, around, carry, layers):
         kept = {id(x): x for x in reads if id(x) not in places}
         places |= {key: ("kept", k) for k, key in enumerate(kept)}
         found["places"] = tuple(places[id(x)] for x in reads)
-        return carry, (output, list(kept.values()))
+        return carry, (output, [checkpoint_name(x, KEPT) for x in kept.values()])
 
     def step(i, state):
         carry, stacks = state

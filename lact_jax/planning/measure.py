@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from lact_jax.flops import count_jaxpr_flops
 from lact_jax.hlo import Collective, collectives
+from lact_jax.ops.layer_scan import KEPT
 from lact_jax.planning.programs import Program, compile_for, device_bytes, trace
 
 
@@ -53,40 +54,20 @@ class Measured:
         return max(0, self.temporaries - self.gradients - self.kept)
 
 
-def _runs_backward(jaxpr) -> bool:
-    """Whether a loop over layers runs from the last to the first in it, as gradients do."""
-    return any(
-        (eqn.primitive.name == "scan" and eqn.params["reverse"])
-        or any(map(_runs_backward, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _stacked_bytes(scan) -> int:
-    """Bytes of a scan's results but its carry, which has the shape that its body gives it."""
-    (body,) = jaxprs_in_params(scan.params)
-    pairs = zip(scan.outvars, body.outvars, strict=True)
-    stacked = [whole.aval for whole, one in pairs if whole.aval.shape != one.aval.shape]
-    return sum(aval.size * aval.dtype.itemsize for aval in stacked)
-
-
 def kept_bytes(jaxpr) -> int:
-    """Bytes that the loops over layers of a training step hand from forward to backward pass.
-
-    They are the stacked results of the `scan`s that run from the first layer to the last. A scan
-    that holds a reversed one is a loop over microbatches, each of which has both passes.
-    """
+    """Bytes that the scans over layers of a training step hand from forward to backward pass."""
     total = 0
     for equation in jaxpr.eqns:
         inner = list(jaxprs_in_params(equation.params))
-        is_scan = equation.primitive.name == "scan"
-        if is_scan and equation.params["reverse"]:
-            continue
-        if is_scan and not any(map(_runs_backward, inner)):
-            total += _stacked_bytes(equation)
-        else:
-            total += sum(map(kept_bytes, inner))
+        total += sum(map(kept_bytes, inner))
+        if equation.primitive.name == "scan":
+            of_layer = (x.outvars[0].aval for body in inner for x in body.eqns if _is_kept(x))
+            total += sum(x.size * x.dtype.itemsize for x in of_layer) * equation.params["length"]
     return total
+
+
+def _is_kept(equation) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"] == KEPT
 
 
 def measure(program: Program, mesh: Mesh) -> Measured:
