@@ -47,14 +47,12 @@ ROWS = {
     "layer": Benchmark("layer"),
     "train_all": Benchmark("train_step", (_ALL, _SELECTIVE)),
     "train_attn_only": Benchmark("train_step", (_SELECTIVE,)),
+    "train_attn_only_dots": Benchmark("train_step", ("--config.model.remat=dots",)),
     "sampling": Benchmark("sampling", ("--steps=50", "--far=120")),
     "vae": Benchmark("vae", (), beside_torch=True),
     "umt5": Benchmark("umt5", (), beside_torch=True),
     "train_all_full_remat": Benchmark("train_step", (_ALL,), default=False),
     "train_attn_only_full_remat": Benchmark("train_step", default=False),
-    "train_attn_only_dots": Benchmark(
-        "train_step", ("--config.model.remat=dots",), default=False
-    ),
     "train_all_xla": Benchmark(
         "train_step", (_ALL, _SELECTIVE, "--config.model.kernels=xla"), default=False
     ),
