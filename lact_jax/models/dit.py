@@ -179,8 +179,11 @@ class DiT(nnx.Module):
     def _stacks(self):
         return tuple(nnx.split(self.blocks[str(i)]) for i in range(self.config.period))
 
-    def _scan(self, body, carry, extra):
-        """Scan over layers: body(carry, blocks of one period, extra of one period)."""
+    def _scan(self, body, carry, extra, train=False):
+        """Scan over layers: body(carry, blocks of one period, extra of one period).
+
+        train: it will be differentiated.
+        """
         graphs, states = zip(*self._stacks(), strict=True)
         remat, gather = self.config.remat, self.gather_layer
 
@@ -193,7 +196,9 @@ class DiT(nnx.Module):
         if remat != "none" or gather is not None:
             policy = REMAT_POLICIES.get(remat, parallel.is_computed_here)
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        return scan_layers(step, carry, (states, extra))
+        # Caches of which a layer reads nothing are pruned from lax.scan, which sampling relies on.
+        scan = scan_layers if train else jax.lax.scan
+        return scan(step, carry, (states, extra))
 
     def _time(self, timestep_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """e (B, C, D) and e0 (B, C, 6, D), float32."""
@@ -218,7 +223,7 @@ class DiT(nnx.Module):
         grid = (size // by for size, by in zip(x_BCFhwc.shape[2:5], patch, strict=True))
         return x_BCSD + parallel.own_tokens(layers.position_embedding(*grid, dim), axis=0)
 
-    def _run(self, x_BCFhwc, timestep_BC, text_kv, extra, mix):
+    def _run(self, x_BCFhwc, timestep_BC, text_kv, extra, mix, train=False):
         """Embeds, runs the blocks and projects back. `mix(mixer, y, extra_of_layer)`."""
         frames, height, width = x_BCFhwc.shape[2:5]
         x_BCSD = self._embed(x_BCFhwc)
@@ -231,15 +236,16 @@ class DiT(nnx.Module):
                 aux.append(out)
             return x, tuple(aux)
 
-        x_BCSD, aux = self._scan(body, x_BCSD, (text_kv, extra))
+        x_BCSD, aux = self._scan(body, x_BCSD, (text_kv, extra), train)
         out = parallel.all_tokens(self.head(x_BCSD, e), axis=2)
         return layers.unpatchify(out, self.config.patch_size, frames, height, width), aux
 
-    def text_kv(self, text_BLQ: jax.Array) -> tuple:
+    def text_kv(self, text_BLQ: jax.Array, train: bool = False) -> tuple:
         """Text keys and values of every layer, for `denoise` and `commit`.
 
         Args:
           text_BLQ: text embeddings (B, up to text_len, text_dim); padded here with zeros.
+          train: they will be differentiated.
 
         Returns:
           For each period entry a pair of (n, B, L, N, K).
@@ -256,7 +262,7 @@ class DiT(nnx.Module):
             del extra
             return carry, tuple(block.cross_attn.text_kv(text_BLD) for block in blocks)
 
-        return self._scan(body, None, None)[1]
+        return self._scan(body, None, None, train)[1]
 
     # Training.
 
@@ -287,7 +293,8 @@ class DiT(nnx.Module):
             return mixer.sequence(y, rotation_CSP2, layout)
 
         nothing = (None,) * self.config.period
-        out, stats = self._run(x_BCFhwc, timestep_BC, self.text_kv(text_BLQ), nothing, mix)
+        text_kv = self.text_kv(text_BLQ, train=True)
+        out, stats = self._run(x_BCFhwc, timestep_BC, text_kv, nothing, mix, train=True)
         return out, parallel.mean_over_devices(_by_layer(stats, self.config))
 
     # Sampling.
