@@ -127,6 +127,7 @@ def main(_):
         # The first two compile.
         per_chunk.append(first if chunk > 1 else common.median_seconds(sample, 1))
         sizes.append(cache_bytes(cache))
+    del sample  # it holds this chunk's cache, which is not part of what is in use at a later one
     near = model.place(chunk, x, cache)
     commit_seconds = common.median_seconds(lambda: model.commit(x, cache), 5)
     flops = model.flops(x, cache)

@@ -166,12 +166,13 @@ def collective(kind: str, size: int, group, **changes) -> Collective:
     )
 
 
-def test_kept_is_what_layers_stack_for_the_backward_pass():
+@pytest.mark.parametrize("scan", [scan_layers, jax.lax.scan])
+def test_kept_is_what_layers_stack_for_the_backward_pass(scan):
     weights = jnp.ones((5, 7), jnp.float32)
 
     def loss(weights, x):
         body = jax.checkpoint(lambda x, w: (jnp.sin(x * w), None))
-        return scan_layers(body, x, weights)[0].sum()
+        return scan(body, x, weights)[0].sum()
 
     def accumulated(weights, xs):
         def body(total, x):

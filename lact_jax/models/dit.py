@@ -182,7 +182,8 @@ class DiT(nnx.Module):
     def _scan(self, body, carry, extra, train=False):
         """Scan over layers: body(carry, blocks of one period, extra of one period).
 
-        train: it will be differentiated.
+        train: it is differentiated by most parameters of the layers; by those that `body` does not
+          read too, which a scan that reads few should leave to lax.scan.
         """
         graphs, states = zip(*self._stacks(), strict=True)
         remat, gather = self.config.remat, self.gather_layer
@@ -196,8 +197,9 @@ class DiT(nnx.Module):
         if remat != "none" or gather is not None:
             policy = REMAT_POLICIES.get(remat, parallel.is_computed_here)
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        # Caches of which a layer reads nothing are pruned from lax.scan, which sampling relies on.
-        scan = scan_layers if train else jax.lax.scan
+        # Sampling relies on lax.scan to drop caches that no layer reads. Devices that share a model
+        # keep to it too: simulated ones were once seen to wait for one another in the other scan.
+        scan = scan_layers if train and not parallel.inside() else jax.lax.scan
         return scan(step, carry, (states, extra))
 
     def _time(self, timestep_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -240,12 +242,11 @@ class DiT(nnx.Module):
         out = parallel.all_tokens(self.head(x_BCSD, e), axis=2)
         return layers.unpatchify(out, self.config.patch_size, frames, height, width), aux
 
-    def text_kv(self, text_BLQ: jax.Array, train: bool = False) -> tuple:
+    def text_kv(self, text_BLQ: jax.Array) -> tuple:
         """Text keys and values of every layer, for `denoise` and `commit`.
 
         Args:
           text_BLQ: text embeddings (B, up to text_len, text_dim); padded here with zeros.
-          train: they will be differentiated.
 
         Returns:
           For each period entry a pair of (n, B, L, N, K).
@@ -262,7 +263,7 @@ class DiT(nnx.Module):
             del extra
             return carry, tuple(block.cross_attn.text_kv(text_BLD) for block in blocks)
 
-        return self._scan(body, None, None, train)[1]
+        return self._scan(body, None, None)[1]
 
     # Training.
 
@@ -293,7 +294,7 @@ class DiT(nnx.Module):
             return mixer.sequence(y, rotation_CSP2, layout)
 
         nothing = (None,) * self.config.period
-        text_kv = self.text_kv(text_BLQ, train=True)
+        text_kv = self.text_kv(text_BLQ)
         out, stats = self._run(x_BCFhwc, timestep_BC, text_kv, nothing, mix, train=True)
         return out, parallel.mean_over_devices(_by_layer(stats, self.config))
 

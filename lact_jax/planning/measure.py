@@ -55,11 +55,17 @@ class Measured:
 
 
 def kept_bytes(jaxpr) -> int:
-    """Bytes that the scans over layers of a training step hand from forward to backward pass."""
+    """Bytes that the scans over layers of a training step hand from forward to backward pass, be
+    they of `ops.layer_scan` or, in one device's part of a program, `jax.lax.scan`."""
+    return _named_bytes(jaxpr) or _stacked_bytes(jaxpr)
+
+
+def _named_bytes(jaxpr) -> int:
+    """Bytes that carry the name KEPT, of every step of the scan that they are in."""
     total = 0
     for equation in jaxpr.eqns:
         inner = list(jaxprs_in_params(equation.params))
-        total += sum(map(kept_bytes, inner))
+        total += sum(map(_named_bytes, inner))
         if equation.primitive.name == "scan":
             of_layer = (x.outvars[0].aval for body in inner for x in body.eqns if _is_kept(x))
             total += sum(x.size * x.dtype.itemsize for x in of_layer) * equation.params["length"]
@@ -68,6 +74,34 @@ def kept_bytes(jaxpr) -> int:
 
 def _is_kept(equation) -> bool:
     return equation.primitive.name == "name" and equation.params["name"] == KEPT
+
+
+def _stacked_bytes(jaxpr) -> int:
+    """Bytes of the stacked results of scans that run from the first layer to the last. A scan that
+    holds a reversed one is a loop over microbatches, each of which has both passes."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(equation.params))
+        is_scan = equation.primitive.name == "scan"
+        if is_scan and equation.params["reverse"]:
+            continue
+        if is_scan and not any(map(_runs_backward, inner)):
+            # All results but its carry, which has the shape that its body gives it.
+            pairs = zip(equation.outvars, inner[0].outvars, strict=True)
+            stacked = [whole.aval for whole, one in pairs if whole.aval.shape != one.aval.shape]
+            total += sum(aval.size * aval.dtype.itemsize for aval in stacked)
+        else:
+            total += sum(map(_stacked_bytes, inner))
+    return total
+
+
+def _runs_backward(jaxpr) -> bool:
+    """Whether a loop over layers runs from the last to the first in it, as gradients do."""
+    return any(
+        (eqn.primitive.name == "scan" and eqn.params["reverse"])
+        or any(map(_runs_backward, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def measure(program: Program, mesh: Mesh) -> Measured:
