@@ -182,8 +182,7 @@ class DiT(nnx.Module):
     def _scan(self, body, carry, extra, train=False):
         """Scan over layers: body(carry, blocks of one period, extra of one period).
 
-        train: it is differentiated by most parameters of the layers; by those that `body` does not
-          read too, which a scan that reads few should leave to lax.scan.
+        train: it is differentiated, and reads most parameters of the layers (`scan_layers`).
         """
         graphs, states = zip(*self._stacks(), strict=True)
         remat, gather = self.config.remat, self.gather_layer

@@ -24,7 +24,8 @@ def scan_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
       body: (carry, layer) -> (carry, output). It may use arrays from around it. What is kept of a
         layer for the backward pass is what `jax.vjp` keeps: a policy of `jax.checkpoint` decides.
       carry: float arrays.
-      layers: arrays with a leading axis of layers.
+      layers: arrays with a leading axis of layers. One that is differentiated but not read by
+        `body` gets a gradient of zeros, which is written and added like any other.
 
     Returns:
       The last carry, and the outputs with a leading axis of layers.
