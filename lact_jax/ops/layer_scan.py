@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-KEPT = "kept of a layer"  # the name of what goes from the forward to the backward pass
+# By these names a program shows what its forward pass keeps, and which loop is the backward pass.
+KEPT, GRADIENT = "kept of a layer", "gradient of a layer"
 
 
 def scan_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
@@ -146,7 +147,7 @@ def _scan_bwd(body, kept, cotangents):
     def step(j, state):
         i = kept.length - 1 - j
         daround, dcarry, dlayers = state
-        more, dcarry, own = backward(dcarry, i)
+        more, dcarry, own = checkpoint_name(backward(dcarry, i), GRADIENT)
         daround = jax.tree.map(jnp.add, daround, more)
         return daround, dcarry, jax.tree.map(partial(_put, i=i), dlayers, own)
 

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from lact_jax.flops import count_jaxpr_flops
 from lact_jax.hlo import Collective, collectives
-from lact_jax.ops.layer_scan import KEPT
+from lact_jax.ops.layer_scan import GRADIENT, KEPT
 from lact_jax.planning.programs import Program, compile_for, device_bytes, trace
 
 
@@ -55,52 +55,53 @@ class Measured:
 
 
 def kept_bytes(jaxpr) -> int:
-    """Bytes that the scans over layers of a training step hand from forward to backward pass, be
-    they of `ops.layer_scan` or, in one device's part of a program, `jax.lax.scan`."""
-    return _named_bytes(jaxpr) or _stacked_bytes(jaxpr)
+    """Bytes that the scans over layers of a training step hand from forward to backward pass.
 
-
-def _named_bytes(jaxpr) -> int:
-    """Bytes that carry the name KEPT, of every step of the scan that they are in."""
+    A scan of `ops.layer_scan` says so by names. Of `jax.lax.scan` they are the stacked results of
+    those that run from the first layer to the last. A scan that holds a backward one is a loop over
+    microbatches, each of which has both passes.
+    """
     total = 0
     for equation in jaxpr.eqns:
         inner = list(jaxprs_in_params(equation.params))
-        total += sum(map(_named_bytes, inner))
-        if equation.primitive.name == "scan":
-            of_layer = (x.outvars[0].aval for body in inner for x in body.eqns if _is_kept(x))
-            total += sum(x.size * x.dtype.itemsize for x in of_layer) * equation.params["length"]
-    return total
-
-
-def _is_kept(equation) -> bool:
-    return equation.primitive.name == "name" and equation.params["name"] == KEPT
-
-
-def _stacked_bytes(jaxpr) -> int:
-    """Bytes of the stacked results of scans that run from the first layer to the last. A scan that
-    holds a reversed one is a loop over microbatches, each of which has both passes."""
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = list(jaxprs_in_params(equation.params))
-        is_scan = equation.primitive.name == "scan"
-        if is_scan and equation.params["reverse"]:
+        if equation.primitive.name != "scan":
+            total += sum(map(kept_bytes, inner))
+        elif kept := _named(equation, KEPT):
+            total += equation.params["length"] * sum(map(_bytes, kept))
+        elif _is_backward(equation):
             continue
-        if is_scan and not any(map(_runs_backward, inner)):
+        elif any(map(_runs_backward, inner)):
+            total += sum(map(kept_bytes, inner))
+        else:
             # All results but its carry, which has the shape that its body gives it.
             pairs = zip(equation.outvars, inner[0].outvars, strict=True)
             stacked = [whole.aval for whole, one in pairs if whole.aval.shape != one.aval.shape]
-            total += sum(aval.size * aval.dtype.itemsize for aval in stacked)
-        else:
-            total += sum(map(_stacked_bytes, inner))
+            total += sum(map(_bytes, stacked))
     return total
 
 
+def _bytes(aval) -> int:
+    return aval.size * aval.dtype.itemsize
+
+
+def _named(scan, name: str) -> list:
+    """What the body of a scan calls by a name."""
+    (body,) = jaxprs_in_params(scan.params)
+    equations = (x for x in body.eqns if x.primitive.name == "name" and x.params["name"] == name)
+    return [equation.outvars[0].aval for equation in equations]
+
+
+def _is_backward(scan) -> bool:
+    """Whether a scan over layers runs from the last to the first, as gradients do."""
+    return scan.params["reverse"] or bool(_named(scan, GRADIENT))
+
+
 def _runs_backward(jaxpr) -> bool:
-    """Whether a loop over layers runs from the last to the first in it, as gradients do."""
+    """Whether there is such a scan in it."""
     return any(
-        (eqn.primitive.name == "scan" and eqn.params["reverse"])
-        or any(map(_runs_backward, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
+        (equation.primitive.name == "scan" and _is_backward(equation))
+        or any(map(_runs_backward, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
     )
 
 

@@ -229,8 +229,10 @@ def test_unrolled_chunks_have_the_gradients_of_the_loop(rule):
 
         return jax.jit(transposed)(*arguments)
 
+    # Each of Muon's four iterations multiplies rounding by up to 3.4.
+    bound = 1e-4 if rule.muon else 1e-5
     for got, want in zip(*(jax.tree.leaves(gradients(x)) for x in (True, False)), strict=True):
-        assert relative_error(got, want) < 2e-5
+        assert relative_error(got, want) < bound
 
 
 def test_keeping_hidden_activations_spares_their_matmuls_and_keeps_them_in_bfloat16():
