@@ -92,21 +92,31 @@ def lact(inputs, cotangents) -> tuple[Callable, tuple]:
 
 
 def window_attention(q, k, v, cotangent, layout) -> tuple[Callable, tuple]:
-    """Forward and backward through scaled_dot_product_attention: (call, (outputs, gradients))."""
-    leaves = [_tensor(x)[0].transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
-    grad = _tensor(cotangent)[0].transpose(1, 2).contiguous()
+    """Forward and backward through scaled_dot_product_attention: (call, (outputs, gradients)).
+
+    The arguments are those of `benchmarks.window_attention.as_in_a_layer`.
+    """
+    leaves = [_heads_first(x).requires_grad_() for x in (*q, *k, v)]
+    grads = [_heads_first(x) for x in cotangent]
     alone, clean, later = slice(0, layout.later.start), layout.clean, layout.later
 
-    def forward(q, k, v):
-        own = F.scaled_dot_product_attention(q[alone], k[alone], v[alone])
-        k_later, v_later = (torch.cat([x[clean], x[later]], dim=2) for x in (k, v))
-        return torch.cat([own, F.scaled_dot_product_attention(q[later], k_later, v_later)])
+    def forward(q_alone, q_later, k_alone, k_later, v):
+        v_later = torch.cat([v[clean], v[later]], dim=2)
+        return (
+            F.scaled_dot_product_attention(q_alone, k_alone, v[alone]),
+            F.scaled_dot_product_attention(q_later, k_later, v_later),
+        )
 
     run = _compiled(forward)
 
     def step():
         o = run(*leaves)
-        gradients = torch.autograd.grad(o, leaves, grad)
-        return (o.transpose(1, 2)[None],), tuple(g.transpose(1, 2)[None] for g in gradients)
+        gradients = torch.autograd.grad(o, leaves, grads)
+        return tuple(tuple(x.transpose(1, 2)[None] for x in each) for each in (o, gradients))
 
     return _timed(step)
+
+
+def _heads_first(x) -> torch.Tensor:
+    """(1, C, S, N, K) as (C, N, S, K)."""
+    return _tensor(x)[0].transpose(1, 2).contiguous()
