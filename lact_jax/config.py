@@ -106,7 +106,8 @@ class TrainConfig(OptimConfig):
       steps: optimiser steps of the whole run.
       accumulation: microbatches a step; divides data.batch_size.
       trainable: 'all', or 'attn_only' for the self-attention (LaCT) modules alone.
-      ema_decay: decay of the moving average of the trained parameters.
+      ema_decay: decay of the moving average of the trained parameters; 0 to keep none, which spares
+        its 4 bytes a parameter.
       save_every: steps between checkpoints.
       keep_last: checkpoints of this many last steps are kept.
       log_every: steps between writes of the metrics (each step has its own line).
@@ -276,6 +277,12 @@ def parse(config: Mapping) -> Config:
             f"data.batch_size={parsed.data.batch_size} is not a multiple of "
             f"train.accumulation={parsed.train.accumulation}"
         )
+    for name in ("sample", "validation"):
+        if not parsed.train.ema_decay and getattr(parsed, name).weights == "ema":
+            raise ValueError(
+                f"{name}.weights='ema', but train.ema_decay=0 keeps no average: set "
+                f"{name}.weights='params'"
+            )
     if parsed.sample.context_noise > parsed.objective.context_noise:
         raise ValueError(
             f"sample.context_noise={parsed.sample.context_noise} is over objective.context_noise="

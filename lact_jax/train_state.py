@@ -23,7 +23,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, steps done, skipped ones included.
       params: trained parameters. frozen: the others.
-      ema: moving average of the trained parameters.
+      ema: moving average of the trained parameters; {} where train.ema_decay is 0.
       opt_state: the optimiser's.
       rng: key data (uint32) from which every step's randomness is derived.
     """
@@ -46,7 +46,7 @@ def init_state(config: Config, params: dict | None = None) -> TrainState:
         params=trained,
         frozen=frozen,
         # A copy: donated buffers must not be shared between two fields.
-        ema=jax.tree.map(jnp.copy, trained),
+        ema=jax.tree.map(jnp.copy, trained) if config.train.ema_decay else {},
         opt_state=make_optimizer(config.train).init(trained),
         rng=jax.random.key_data(step_key),
     )
@@ -101,8 +101,9 @@ def make_train_step(config: Config) -> Callable:
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-        decay = jnp.float32(train.ema_decay)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        decay, ema = jnp.float32(train.ema_decay), {}
+        if train.ema_decay:
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(skip, o, n), new, old)

@@ -153,6 +153,17 @@ def test_sampling_with_more_context_noise_than_in_training():
     assert parse(config).sample.context_noise == 0.2
 
 
+@pytest.mark.parametrize("reader", ["sample", "validation"])
+def test_an_average_that_is_not_kept_is_not_read(reader):
+    config = default()
+    config.train.ema_decay = 0.0
+    config.sample.weights = config.validation.weights = "params"
+    assert parse(config).train.ema_decay == 0
+    config[reader].weights = "ema"
+    with pytest.raises(ValueError, match=rf"{reader}\.weights='ema', but train\.ema_decay=0"):
+        parse(config)
+
+
 def test_a_batch_that_accumulation_does_not_divide():
     config = default()
     config.data.batch_size, config.train.accumulation = 6, 4

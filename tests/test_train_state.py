@@ -96,6 +96,16 @@ def test_averages_are_of_the_new_parameters_and_frozen_ones_stay():
     assert int(state.step) == 4
 
 
+def test_without_an_average_training_is_the_same():
+    def trained(**train):
+        config = changed(CONFIG, **train)
+        return step_of(config)(first_state(config), *batch(0), EMPTY)[0]
+
+    state = trained(ema_decay=0.0)
+    assert state.ema == {}
+    assert_same_bits(host(state.params), host(trained(ema_decay=0.75).params))
+
+
 def test_the_state_is_donated_and_the_step_is_compiled_once():
     step, state = step_of(CONFIG), first_state(CONFIG)
     for seed in range(3):
