@@ -26,7 +26,10 @@ from lact_jax.workdir import flat_config
 
 # What a checkpoint was trained with must be what it is sampled with.
 MUST_AGREE = ("model", "codec", "text", "objective.frames_per_chunk")
-MAY_DIFFER = ("model.remat", "model.dtype", "codec.options.path", "text.options.path")
+MAY_DIFFER = (
+    "model.remat", "model.unroll_layers", "model.dots_layers", "model.dtype", "codec.options.path",
+    "text.options.path",
+)  # fmt: skip
 
 
 def as_full(config: Config) -> Config:

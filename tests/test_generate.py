@@ -72,7 +72,9 @@ def test_another_config_is_refused_and_every_key_listed(tmp_path, finished_run):
 
 
 def test_precision_and_remat_may_differ_from_training(finished_run):
-    config = tiny_config(model__remat="full", model__dtype="bfloat16", train__lr=1.0)
+    config = tiny_config(
+        model__remat="full", model__dtype="bfloat16", model__unroll_layers=True, train__lr=1.0
+    )
     assert check_trained_with(config, finished_run) is None
     bad = dataclasses.replace(
         config, objective=dataclasses.replace(config.objective, frames_per_chunk=2)

@@ -21,7 +21,7 @@ from lact_jax.flops import count_jaxpr_flops
 from lact_jax.hlo import Collective, collectives
 from lact_jax.models.dit import abstract_params
 from lact_jax.ops.attention import attend
-from lact_jax.ops.layer_scan import scan_layers
+from lact_jax.ops.layer_scan import scan_layers, unroll_layers
 from lact_jax.planning import tables, virtual
 from lact_jax.planning.bounds import bounds, collective_seconds, exchanges, fits
 from lact_jax.planning.cards import CARDS, USABLE, find_card
@@ -166,7 +166,11 @@ def collective(kind: str, size: int, group, **changes) -> Collective:
     )
 
 
-@pytest.mark.parametrize("scan", [scan_layers, jax.lax.scan])
+def unrolled(body, carry, layers):
+    return unroll_layers([body] * len(layers), carry, layers)
+
+
+@pytest.mark.parametrize("scan", [scan_layers, unrolled, jax.lax.scan])
 def test_kept_is_what_layers_stack_for_the_backward_pass(scan):
     weights = jnp.ones((5, 7), jnp.float32)
 

@@ -27,7 +27,7 @@ from lact_jax.models.layers import MLP, gelu_tanh, linear
 from lact_jax.models.remat import REMAT_POLICIES
 from lact_jax.models.sharded import ShardedDiT
 from lact_jax.ops import kernels, parallel
-from lact_jax.ops.layer_scan import scan_layers
+from lact_jax.ops.layer_scan import scan_layers, unroll_layers
 from lact_jax.ops.rope import rope_rotations
 from lact_jax.ops.sequence import SequenceLayout
 
@@ -47,6 +47,10 @@ class DiTConfig:
         one, as in Wan, the place in the picture is only felt through RoPE's distances, which a
         model that trains from scratch is slow to learn from.
       remat: 'none', or a key of REMAT_POLICIES.
+      unroll_layers: train on one device without a loop over layers. A step is faster and takes
+        less memory, its program takes minutes to compile.
+      dots_layers: number of last layers that keep what remat 'dots' keeps, where layers are
+        unrolled; a multiple of `period`.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
       kernels: 'auto' for Triton kernels where the device takes them, 'xla' for never, 'interpret'
         to run them on any device, slowly (ops/kernels).
@@ -68,6 +72,8 @@ class DiTConfig:
     gla: GLAConfig = GLAConfig()
     position_embedding: bool = False
     remat: str = "full"
+    unroll_layers: bool = False
+    dots_layers: int = 0
     dtype: str = "bfloat16"
     kernels: str = "auto"
 
@@ -100,6 +106,15 @@ class DiTConfig:
         if self.gla.head_dim and self.dim % self.gla.head_dim:
             raise ValueError(
                 f"model.gla.head_dim={self.gla.head_dim} does not divide model.dim={self.dim}"
+            )
+        if self.dots_layers and not self.unroll_layers:
+            raise ValueError(
+                f"model.dots_layers={self.dots_layers}: needs model.unroll_layers=True"
+            )
+        if self.dots_layers % self.period or not 0 <= self.dots_layers <= self.num_layers:
+            raise ValueError(
+                f"model.dots_layers={self.dots_layers}: choose a multiple of {self.period}, after "
+                f"which layer kinds repeat, up to model.num_layers={self.num_layers}"
             )
 
     @property
@@ -183,6 +198,9 @@ class DiT(nnx.Module):
         """Scan over layers: body(carry, blocks of one period, extra of one period).
 
         train: it is differentiated, and reads most parameters of the layers (`scan_layers`).
+
+        Raises:
+          ValueError: layers are to be unrolled where several devices share a model.
         """
         graphs, states = zip(*self._stacks(), strict=True)
         remat, gather = self.config.remat, self.gather_layer
@@ -193,13 +211,25 @@ class DiT(nnx.Module):
             merged = tuple(nnx.merge(g, s) for g, s in zip(graphs, states, strict=True))
             return body(carry, merged, extra)
 
-        if remat != "none" or gather is not None:
+        alone, unroll = not parallel.inside(), self.config.unroll_layers and train
+        if unroll and not alone:
+            raise ValueError("model.unroll_layers=True: runs on one device; here a mesh has several")
+
+        def computed_again(remat):
+            if remat == "none" and gather is None:
+                return step
             policy = REMAT_POLICIES.get(remat, parallel.is_computed_here)
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+            return jax.checkpoint(step, policy=policy, prevent_cse=unroll)
+
+        if unroll:
+            count = self.config.num_layers // self.config.period
+            dots = self.config.dots_layers // self.config.period
+            bodies = [computed_again(remat)] * (count - dots) + [computed_again("dots")] * dots
+            return unroll_layers(bodies, carry, (states, extra))
         # Sampling relies on lax.scan to drop caches that no layer reads. Devices that share a model
         # keep to it too: simulated ones were once seen to wait for one another in the other scan.
-        scan = scan_layers if train and not parallel.inside() else jax.lax.scan
-        return scan(step, carry, (states, extra))
+        scan = scan_layers if train and alone else jax.lax.scan
+        return scan(computed_again(remat), carry, (states, extra))
 
     def _time(self, timestep_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """e (B, C, D) and e0 (B, C, 6, D), float32."""

@@ -1,11 +1,13 @@
-"""A scan over layers that keeps what its backward pass reads in arrays that nobody fills first.
+"""Layers run one after another, by a loop or without, so that their backward pass is cheap.
 
-`jax.lax.scan` does the same, but first writes zeros to every array that its steps will write: 70 GB
-in a training step of ar_chunk3f. Its tests hold both to each other.
+`jax.lax.scan` first writes zeros to every array that its steps will write: 70 GB in a training step
+of ar_chunk3f. `scan_layers` is a scan that leaves that out. `unroll_layers` has no loop: what a layer
+keeps stays where it was computed instead of being copied to a stack and back, for a program that is
+compiled layer by layer. The tests hold both to `jax.lax.scan`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,14 +33,32 @@ def scan_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
     Returns:
       The last carry, and the outputs with a leading axis of layers.
     """
-    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
-    body, around = jax.closure_convert(body, carry, layer)
-    return _scan(body, around, carry, layers)
+    body, around = jax.closure_convert(body, carry, _one_of(layers))
+    return _scan(body, (around,), carry, layers)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(body, around, carry, layers):
-    return jax.lax.scan(lambda carry, layer: body(carry, layer, *around), carry, layers)
+def unroll_layers(bodies: Sequence[Callable], carry: Any, layers: Any) -> tuple[Any, Any]:
+    """`scan_layers` without a loop, with a body for each layer.
+
+    Args:
+      bodies: functions of that kind for layer 0, 1, .. which compute the same and differ in what
+        they keep. Those that are the same object are traced once. `jax.checkpoint` within them
+        needs its `prevent_cse`.
+      carry, layers: as there.
+
+    Returns:
+      As there.
+    """
+    own = list(dict.fromkeys(bodies))
+    functions, around = zip(
+        *(jax.closure_convert(body, carry, _one_of(layers)) for body in own), strict=True
+    )
+    kinds = tuple(own.index(body) for body in bodies)
+    return _unroll(functions, kinds, around, carry, layers)
+
+
+def _one_of(layers: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
 
 
 @dataclass(frozen=True)
@@ -49,12 +69,16 @@ class _Argument:
     moves: tuple[bool, ...]
 
     @classmethod
-    def split(cls, primals: Any) -> tuple["_Argument", list, list]:
-        """(what it is, the leaves that are differentiated, the others)."""
+    def split(cls, primals: Any) -> tuple["_Argument", list]:
+        """(what it is, its leaves: first those that are differentiated, then the others)."""
         leaves, structure = jax.tree.flatten(primals, is_leaf=_is_primal)
         moved = [leaf.value for leaf in leaves if leaf.perturbed]
         fixed = [leaf.value for leaf in leaves if not leaf.perturbed]
-        return cls(structure, tuple(leaf.perturbed for leaf in leaves)), moved, fixed
+        return cls(structure, tuple(leaf.perturbed for leaf in leaves)), moved + fixed
+
+    def divide(self, leaves: list) -> tuple[list, list]:
+        """Leaves in the order of `split` as those that are differentiated and the others."""
+        return leaves[: sum(self.moves)], leaves[sum(self.moves) :]
 
     def join(self, moved: list, fixed: list | None = None) -> Any:
         """The argument; without `fixed`, its cotangent from those of the leaves that move."""
@@ -62,63 +86,105 @@ class _Argument:
         return self.structure.unflatten([next(moved if m else fixed) for m in self.moves])
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("arrays",),
-    meta_fields=("around", "layers", "places", "transpose", "length"),
-)
 @dataclass(frozen=True)
-class _Kept:
-    """What the backward pass reads.
+class _Layers:
+    """The layers of a call, and how one of them is run and differentiated.
 
     Attributes:
-      arrays: lists by name: 'around' the body; 'layers' and what they 'kept', stacked.
-      around, layers: what the arguments are.
-      places: name and index of every array that a layer's transpose reads.
-      transpose: the tree of that transpose, which is a function.
+      bodies: one for each kind of layer.
+      around: what is around them: for each body the arrays that it takes from there.
+      layers: what the stacked layers are.
       length: number of layers.
+      transposes: for each kind the places (name and index) of the arrays that the transpose of a
+        layer reads, and the tree of that transpose, which is a function. Filled by tracing a layer.
     """
 
-    arrays: dict[str, list[jax.Array]]
+    bodies: tuple[Callable, ...]
     around: _Argument
     layers: _Argument
-    places: tuple[tuple[str, int], ...]
-    transpose: Any
     length: int
+    transposes: dict = field(default_factory=dict, compare=False)
 
-    def transpose_of(self, i: jax.Array) -> Callable:
-        """The transpose of layer i."""
+    def forward(self, kind: int, arrays: dict[str, list], carry: Any, i: jax.Array):
+        """Layer i, of that kind: its carry, its output, and what it keeps.
 
-        def find(name, k):
-            array = self.arrays[name][k]
-            return array if name == "around" else _take(array, i)
+        arrays: 'around' the bodies, and the stacked 'layers'.
+        """
+        own = [_take(x, i) for x in arrays["layers"]]
+        moved, fixed = self.layers.divide(own)
+        shared, constant = self.around.divide(arrays["around"])
 
-        return jax.tree.unflatten(self.transpose, [find(*place) for place in self.places])
+        def function(shared, carry, moved):
+            around = self.around.join(shared, constant)[kind]
+            return self.bodies[kind](carry, self.layers.join(moved, fixed), *around)
+
+        (carry, output), transpose = jax.vjp(function, shared, carry, moved)
+        reads, structure = jax.tree.flatten(transpose)
+        places = {id(x): ("around", k) for k, x in enumerate(arrays["around"])}
+        places |= {id(x): ("layers", k) for k, x in enumerate(own)}
+        kept = {id(x): x for x in reads if id(x) not in places}
+        places |= {key: ("kept", k) for k, key in enumerate(kept)}
+        self.transposes[kind] = tuple(places[id(x)] for x in reads), structure
+        return carry, (output, [checkpoint_name(x, KEPT) for x in kept.values()])
+
+    def backward(self, kind: int, arrays: dict[str, list], kept: list, cotangents: Any, i):
+        """Cotangents of what is around, of layer i's carry, and of layer i.
+
+        cotangents: of its carry and its output.
+        """
+        places, structure = self.transposes[kind]
+        layers = [_take(x, i) for x in arrays["layers"]]
+        found = {"around": arrays["around"], "layers": layers, "kept": kept}
+        transpose = jax.tree.unflatten(structure, [found[name][k] for name, k in places])
+        return checkpoint_name(transpose(cotangents), GRADIENT)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("arrays", "kept"), meta_fields=("call",)
+)
+@dataclass(frozen=True)
+class _Residuals:
+    """What the backward pass reads: the arrays of `_Layers.forward`, and what layers kept."""
+
+    arrays: dict[str, list[jax.Array]]
+    kept: list
+    call: _Layers
+
+
+def _start(bodies, around, carry, layers) -> tuple[_Layers, dict, Any]:
+    """The call, the arrays of `_Layers.forward` and the first carry, of what a fwd rule is given."""
+    around, around_arrays = _Argument.split(around)
+    layers, layer_arrays = _Argument.split(layers)
+    carry = jax.tree.map(lambda x: x.value, carry, is_leaf=_is_primal)
+    arrays = {"around": around_arrays, "layers": layer_arrays}
+    return _Layers(bodies, around, layers, len(layer_arrays[0])), arrays, carry
+
+
+def _of_carry(dcarry: Any) -> Any:
+    """The cotangent of the last carry, with zeros in their places."""
+    return jax.tree.map(lambda x: _zeros(x) if _is_zero(x) else x, dcarry, is_leaf=_is_zero)
+
+
+def _of_layer(doutputs: Any, i: jax.Array) -> Any:
+    """Layer i's part of the cotangent of the outputs."""
+
+    def part(x):
+        return jnp.zeros(x.shape[1:], x.dtype) if _is_zero(x) else _take(x, i)
+
+    return jax.tree.map(part, doutputs, is_leaf=_is_zero)
+
+
+# With a loop.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(body, around, carry, layers):
+    return jax.lax.scan(lambda carry, layer: body(carry, layer, *around[0]), carry, layers)
 
 
 def _scan_fwd(body, around, carry, layers):
-    around, *around_arrays = _Argument.split(around)
-    layers, *layer_arrays = _Argument.split(layers)
-    carry = jax.tree.map(lambda x: x.value, carry, is_leaf=_is_primal)
-    arrays = {"around": sum(around_arrays, []), "layers": sum(layer_arrays, [])}
-    length, found = len(arrays["layers"][0]), {}
-
-    def forward(carry, i):
-        """Layer i: its carry, its output, and what it keeps; `found` says where that goes."""
-        moved, fixed = ([_take(x, i) for x in arrays] for arrays in layer_arrays)
-
-        def function(shared, carry, own):
-            shared = around.join(shared, around_arrays[1])
-            return body(carry, layers.join(own, fixed), *shared)
-
-        (carry, output), transpose = jax.vjp(function, around_arrays[0], carry, moved)
-        reads, found["transpose"] = jax.tree.flatten(transpose)
-        places = {id(x): ("around", k) for k, x in enumerate(arrays["around"])}
-        places |= {id(x): ("layers", k) for k, x in enumerate(moved + fixed)}
-        kept = {id(x): x for x in reads if id(x) not in places}
-        places |= {key: ("kept", k) for k, key in enumerate(kept)}
-        found["places"] = tuple(places[id(x)] for x in reads)
-        return carry, (output, [checkpoint_name(x, KEPT) for x in kept.values()])
+    call, arrays, carry = _start((body,), around, carry, layers)
+    forward = partial(call.forward, 0, arrays)
 
     def step(i, state):
         carry, stacks = state
@@ -126,38 +192,72 @@ def _scan_fwd(body, around, carry, layers):
         return carry, jax.tree.map(partial(_put, i=i), stacks, values)
 
     _, shapes = jax.eval_shape(forward, carry, jnp.int32(0))
-    start = carry, jax.tree.map(partial(_empty, length), shapes)
-    carry, (outputs, arrays["kept"]) = jax.lax.fori_loop(0, length, step, start)
-    return (carry, outputs), _Kept(arrays, around, layers, length=length, **found)
+    start = carry, jax.tree.map(partial(_empty, call.length), shapes)
+    carry, (outputs, kept) = jax.lax.fori_loop(0, call.length, step, start)
+    return (carry, outputs), _Residuals(arrays, kept, call)
 
 
-def _scan_bwd(body, kept, cotangents):
+def _scan_bwd(body, residuals, cotangents):
     del body
-    dcarry, doutputs = cotangents
-    dcarry = jax.tree.map(lambda x: _zeros(x) if _is_zero(x) else x, dcarry, is_leaf=_is_zero)
+    call, (dcarry, doutputs) = residuals.call, cotangents
 
     def backward(dcarry, i):
-        """Cotangents of what is around, of layer i's carry, and of layer i."""
-
-        def of_layer(x):
-            return jnp.zeros(x.shape[1:], x.dtype) if _is_zero(x) else _take(x, i)
-
-        return kept.transpose_of(i)((dcarry, jax.tree.map(of_layer, doutputs, is_leaf=_is_zero)))
+        kept = [_take(x, i) for x in residuals.kept]
+        return call.backward(0, residuals.arrays, kept, (dcarry, _of_layer(doutputs, i)), i)
 
     def step(j, state):
-        i = kept.length - 1 - j
+        i = call.length - 1 - j
         daround, dcarry, dlayers = state
-        more, dcarry, own = checkpoint_name(backward(dcarry, i), GRADIENT)
+        more, dcarry, own = backward(dcarry, i)
         daround = jax.tree.map(jnp.add, daround, more)
         return daround, dcarry, jax.tree.map(partial(_put, i=i), dlayers, own)
 
+    dcarry = _of_carry(dcarry)
     around, _, own = jax.eval_shape(backward, dcarry, jnp.int32(0))
-    start = jax.tree.map(_zeros, around), dcarry, jax.tree.map(partial(_empty, kept.length), own)
-    daround, dcarry, dlayers = jax.lax.fori_loop(0, kept.length, step, start)
-    return kept.around.join(daround), dcarry, kept.layers.join(dlayers)
+    start = jax.tree.map(_zeros, around), dcarry, jax.tree.map(partial(_empty, call.length), own)
+    daround, dcarry, dlayers = jax.lax.fori_loop(0, call.length, step, start)
+    return call.around.join(daround), dcarry, call.layers.join(dlayers)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd, symbolic_zeros=True)
+
+
+# Without a loop. A body is traced once for each pass: both are functions that the layers call.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _unroll(bodies, kinds, around, carry, layers):
+    # Kinds of layers differ in what they keep alone, and here nothing is kept.
+    return _scan(bodies[0], around, carry, layers)
+
+
+def _unroll_fwd(bodies, kinds, around, carry, layers):
+    call, arrays, carry = _start(bodies, around, carry, layers)
+    forward = [jax.jit(partial(call.forward, kind)) for kind in range(len(bodies))]
+    outputs, kept = [], []
+    for i, kind in enumerate(kinds):
+        carry, (output, values) = forward[kind](arrays, carry, jnp.int32(i))
+        outputs.append(output)
+        kept.append(values)
+    return (carry, _stack(outputs)), _Residuals(arrays, kept, call)
+
+
+def _unroll_bwd(bodies, kinds, residuals, cotangents):
+    call, (dcarry, doutputs) = residuals.call, cotangents
+    backward = [jax.jit(partial(call.backward, kind)) for kind in range(len(bodies))]
+    dcarry, daround, dlayers = _of_carry(dcarry), None, []
+    for i, kind in reversed(list(enumerate(kinds))):
+        # A place that is known when the layer after is done: else XLA would take a layer's float32
+        # parameters from their stacks once for both passes, and hold them in between.
+        place, dcarry = jax.lax.optimization_barrier((jnp.int32(i), dcarry))
+        cotangents = dcarry, _of_layer(doutputs, jnp.int32(i))
+        more, dcarry, own = backward[kind](residuals.arrays, residuals.kept[i], cotangents, place)
+        daround = more if daround is None else jax.tree.map(jnp.add, daround, more)
+        dlayers.append(own)
+    return call.around.join(daround), dcarry, call.layers.join(_stack(dlayers[::-1]))
+
+
+_unroll.defvjp(_unroll_fwd, _unroll_bwd, symbolic_zeros=True)
 
 
 def _take(stack: jax.Array, i: jax.Array) -> jax.Array:
@@ -182,3 +282,7 @@ def _is_primal(x: Any) -> bool:
 
 def _is_zero(x: Any) -> bool:
     return isinstance(x, SymbolicZero)
+
+
+def _stack(trees: list) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)

@@ -55,16 +55,18 @@ class Measured:
 
 
 def kept_bytes(jaxpr) -> int:
-    """Bytes that the scans over layers of a training step hand from forward to backward pass.
+    """Bytes that the layers of a training step hand from forward to backward pass.
 
-    A scan of `ops.layer_scan` says so by names. Of `jax.lax.scan` they are the stacked results of
+    Layers of `ops.layer_scan` say so by names, whether in a loop or not. Of `jax.lax.scan` they are the stacked results of
     those that run from the first layer to the last. A scan that holds a backward one is a loop over
     microbatches, each of which has both passes.
     """
     total = 0
     for equation in jaxpr.eqns:
         inner = list(jaxprs_in_params(equation.params))
-        if equation.primitive.name != "scan":
+        if equation.primitive.name == "name":
+            total += _bytes(equation.outvars[0].aval) * (equation.params["name"] == KEPT)
+        elif equation.primitive.name != "scan":
             total += sum(map(kept_bytes, inner))
         elif kept := _named(equation, KEPT):
             total += equation.params["length"] * sum(map(_bytes, kept))
@@ -97,9 +99,10 @@ def _is_backward(scan) -> bool:
 
 
 def _runs_backward(jaxpr) -> bool:
-    """Whether there is such a scan in it."""
+    """Whether there is such a scan in it, or layers without a loop that do so."""
     return any(
         (equation.primitive.name == "scan" and _is_backward(equation))
+        or (equation.primitive.name == "name" and equation.params["name"] == GRADIENT)
         or any(map(_runs_backward, jaxprs_in_params(equation.params)))
         for equation in jaxpr.eqns
     )

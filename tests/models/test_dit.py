@@ -351,6 +351,12 @@ def test_real_size_runs_abstractly():
         ({"mixer": "mamba"}, r"model\.mixer='mamba'.*full.*gla.*lact.*window"),
         ({"gla": GLAConfig(head_dim=36)}, r"model\.gla\.head_dim=36 .* model\.dim=48"),
         ({"remat": "some"}, r"model\.remat='some'.*attention.*dots.*full.*none.*selective"),
+        ({"dots_layers": 1}, r"model\.dots_layers=1: .*model\.unroll_layers=True"),
+        ({"unroll_layers": True, "dots_layers": 5}, r"model\.dots_layers=5: .*num_layers=2"),
+        (
+            {"unroll_layers": True, "dots_layers": 1, "lact": (lact(), lact(momentum=True))},
+            r"model\.dots_layers=1: choose a multiple of 2",
+        ),
         ({"dtype": "float16"}, r"model\.dtype='float16'"),
         ({"num_heads": 5}, r"model\.dim=48 over model\.num_heads=5"),
         ({"num_heads": 16}, r"model\.num_heads=16.*even"),

@@ -62,6 +62,13 @@ def test_recomputing_activations_changes_nothing(name, remat):
     assert_same_loss_and_gradients(MODELS[name], replace(MODELS[name], remat=remat))
 
 
+@pytest.mark.parametrize("config", [MODELS["default"], replace(MODELS["mixed"], num_layers=4)])
+def test_layers_without_a_loop_change_nothing(config):
+    # The last of two, or the last pair of two, keeps more than the others.
+    unrolled = replace(config, remat="selective", unroll_layers=True, dots_layers=config.period)
+    assert_same_loss_and_gradients(config, unrolled)
+
+
 def test_a_policy_that_keeps_less_computes_more():
     config = MODELS["momentum and muon"]
     flops, kept = {}, []

@@ -1,4 +1,4 @@
-"""The scan over layers against jax.lax.scan, and what it spares."""
+"""Layers by a loop and without one against jax.lax.scan, and what that spares."""
 
 import re
 
@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model_fixtures import equations
 from numpy_twins import relative_error
 
-from lact_jax.ops.layer_scan import scan_layers
+from lact_jax.ops.layer_scan import scan_layers, unroll_layers
 
 pytestmark = pytest.mark.usefixtures("float32_matmuls")
 
@@ -29,6 +29,11 @@ def arguments():
     return trained, normal(LAYERS, WIDTH, WIDTH), normal(ROWS, WIDTH), normal(WIDTH), normal(WIDTH)
 
 
+def unrolled(body, carry, layers):
+    """`unroll_layers` with one body for all layers."""
+    return unroll_layers([body] * LAYERS, carry, layers)
+
+
 def loss(scan, policy, trained, frozen, x, shift, factor):
     """Reads the last carry and one of two outputs; `factor` has no gradient."""
 
@@ -45,16 +50,42 @@ def loss(scan, policy, trained, frozen, x, shift, factor):
 
 
 @pytest.mark.parametrize("policy", [None, SAVED], ids=["everything", "by name"])
-def test_values_and_gradients_are_those_of_lax_scan(policy):
+@pytest.mark.parametrize("form", [scan_layers, unrolled])
+def test_values_and_gradients_are_those_of_lax_scan(form, policy):
     def run(scan):
         function = jax.value_and_grad(
             lambda *args: loss(scan, policy, *args), argnums=(0, 2, 3), has_aux=True
         )
         return jax.jit(function)(*arguments())
 
-    got, want = (jax.tree.leaves(run(scan)) for scan in (scan_layers, jax.lax.scan))
+    got, want = (jax.tree.leaves(run(scan)) for scan in (form, jax.lax.scan))
     for ours, theirs in zip(got, want, strict=True):
         assert np.any(theirs) and relative_error(ours, theirs) < 1e-6
+
+
+def test_unrolled_layers_that_are_not_differentiated_give_the_same():
+    got, want = (loss(scan, SAVED, *arguments())[0] for scan in (unrolled, jax.lax.scan))
+    assert relative_error(got, want) < 1e-6
+
+
+def mixed(body, carry, layers):
+    """Unrolled layers, the last of which keeps all that its backward pass reads."""
+    plain = jax.checkpoint(body, policy=SAVED)
+    return unroll_layers([plain] * (LAYERS - 1) + [body], carry, layers)
+
+
+def test_kinds_of_layers_differ_in_what_they_keep_alone():
+    def gradient(scan, policy=None):
+        return jax.grad(lambda *args: loss(scan, policy, *args)[0], argnums=(0, 1, 2, 3))
+
+    def matmuls(*args):
+        return len(equations(jax.make_jaxpr(gradient(*args))(*arguments()).jaxpr, "dot_general"))
+
+    got, want = (jax.tree.leaves(gradient(x)(*arguments())) for x in (mixed, jax.lax.scan))
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+    # A layer's three, which all layers compute again or all but the last.
+    assert matmuls(unrolled, SAVED) - matmuls(mixed) == 3
 
 
 def gradients(policy, argnums):
