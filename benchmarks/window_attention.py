@@ -4,8 +4,8 @@
 
 13 chunks of 4680 tokens, 12 heads of 128: 7 attend to themselves, 6 noise copies to the clean chunk
 before as well. Both are given what a layer's kernels give: queries of these two groups, keys of the
-second joined with those of the chunk before; values whole. FLOPs are those of the forward pass three
-times, as for a dense product.
+second joined with those of the chunk before, and values whole. FLOPs are those of the forward pass
+three times, as for a dense product.
 """
 
 import jax

@@ -74,6 +74,11 @@ def script() -> None:
             result[f"{job} {shape}"] = tables.as_json(found, H200) | {
                 "held": real, "text": tables.plan_text(found, H200),
             }  # fmt: skip
+        unrolled = tiny_config(data__batch_size=8, model__unroll_layers=True)
+        try:
+            Planner(unrolled, "train", H200, jax.devices())(Choice(DATA, "full"))
+        except ValueError as error:
+            result["unrolled"] = str(error)
     json.dump(result, sys.stdout)
 
 
@@ -111,6 +116,10 @@ def test_the_planned_state_is_what_a_device_holds(plans, shape):
     assert plan["peak"] == step["peak"] == (
         sum(step["state"].values()) + step["outputs"] + step["temporaries"]
     )
+
+
+def test_layers_are_not_unrolled_on_a_mesh(plans):
+    assert plans["unrolled"].startswith("model.unroll_layers=True: a mesh of several devices")
 
 
 def test_clips_on_eight_devices_are_the_flops_of_one_device(plans):

@@ -213,7 +213,7 @@ class DiT(nnx.Module):
 
         alone, unroll = not parallel.inside(), self.config.unroll_layers and train
         if unroll and not alone:
-            raise ValueError("model.unroll_layers=True: runs on one device; here a mesh has several")
+            raise ValueError("model.unroll_layers=True: a mesh of several devices needs False")
 
         def computed_again(remat):
             if remat == "none" and gather is None:

@@ -1,9 +1,9 @@
 """Layers run one after another, by a loop or without, so that their backward pass is cheap.
 
 `jax.lax.scan` first writes zeros to every array that its steps will write: 70 GB in a training step
-of ar_chunk3f. `scan_layers` is a scan that leaves that out. `unroll_layers` has no loop: what a layer
-keeps stays where it was computed instead of being copied to a stack and back, for a program that is
-compiled layer by layer. The tests hold both to `jax.lax.scan`.
+of ar_chunk3f. `scan_layers` is a scan that leaves that out. `unroll_layers` has no loop: what a
+layer keeps stays where it was computed instead of being copied to a stack and back, and a program
+of many layers takes minutes to compile. The tests hold both to `jax.lax.scan`.
 """
 
 from collections.abc import Callable, Sequence
@@ -152,7 +152,7 @@ class _Residuals:
 
 
 def _start(bodies, around, carry, layers) -> tuple[_Layers, dict, Any]:
-    """The call, the arrays of `_Layers.forward` and the first carry, of what a fwd rule is given."""
+    """The call, the arrays of `_Layers.forward` and the first carry, of a fwd rule's arguments."""
     around, around_arrays = _Argument.split(around)
     layers, layer_arrays = _Argument.split(layers)
     carry = jax.tree.map(lambda x: x.value, carry, is_leaf=_is_primal)

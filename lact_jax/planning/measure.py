@@ -57,9 +57,9 @@ class Measured:
 def kept_bytes(jaxpr) -> int:
     """Bytes that the layers of a training step hand from forward to backward pass.
 
-    Layers of `ops.layer_scan` say so by names, whether in a loop or not. Of `jax.lax.scan` they are the stacked results of
-    those that run from the first layer to the last. A scan that holds a backward one is a loop over
-    microbatches, each of which has both passes.
+    Layers of `ops.layer_scan` say so by names, whether in a loop or not. Of `jax.lax.scan` they are
+    the stacked results of those that run from the first layer to the last. A scan that holds a
+    backward one is a loop over microbatches, each of which has both passes.
     """
     total = 0
     for equation in jaxpr.eqns:
