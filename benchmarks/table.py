@@ -75,6 +75,8 @@ LINES = (
     Line("training step, attention modules, `selective`", "train_attn_only", _step,
          "1.7 s", f"{_STEP}=selective", _RATE),
     Line("the same, `dots`", "train_attn_only_dots", _step, "1.7 s", f"{_STEP}=dots", _RATE),
+    Line("the same, `dots`, layers unrolled", "train_attn_only_unrolled", _step,
+         "1.7 s", "all --rows=train_attn_only_unrolled", _RATE),
     Line("the same, `full`", "train_attn_only_full_remat", _step, "", f"{_STEP}=full", _RATE),
     Line("a LaCT block, forward and backward", "layer", _operation, "", "layer", _RATE),
     Line("LaCT operation, forward and backward", "lact_operation", _operation,
