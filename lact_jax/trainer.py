@@ -163,6 +163,8 @@ class _Run:
             rest = f"of {steps}" if self.step < steps else done
             print(f"found a checkpoint: step {self.step} {rest}", flush=True)
         self._look(interrupt)  # at what a kill or Ctrl-C left to do
+        if self.step < steps and distributed.is_main():
+            print("compiling the training step: minutes for a large model", flush=True)
         for batch in self._until(steps, interrupt):
             latent, text = self.encode(batch)
             self.state, metrics = self.train_step(self.state, latent, text)
