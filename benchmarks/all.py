@@ -55,7 +55,7 @@ ROWS = {
     "train_attn_only_dots": Benchmark("train_step", (_DOTS,)),
     "sampling": Benchmark("sampling", ("--steps=50", "--far=120")),
     "vae": Benchmark("vae", (), beside_torch=True),
-    # Beyond the eight minutes of the others: the first two compile for up to seven.
+    # Only where they are named; the first two compile for up to seven minutes.
     "train_all_unrolled": Benchmark(
         "train_step", (_ALL, _SELECTIVE, _UNROLLED, *_TEN_MORE), default=False
     ),
