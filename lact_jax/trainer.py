@@ -87,6 +87,11 @@ def make_parts(config: Config) -> _Parts:
     wandb_run.check(config.wandb)
     mesh = make_mesh(config.mesh)
     check_shares(config, codec, mesh)
+    if config.model.unroll_layers and mesh.size > 1:
+        raise ValueError(
+            f"model.unroll_layers=True trains on one device, the mesh has {mesh.size}: set it to "
+            "False, or let JAX see one (CUDA_VISIBLE_DEVICES=0)"
+        )
     microbatch = config.data.batch_size // config.train.accumulation
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if microbatch % replicas:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,14 @@ def test_metrics_have_a_row_for_every_step(finished_run):
     timed = read_metrics(finished_run / "throughput.jsonl")
     assert [row["step"] for row in timed] == list(range(1, 9))
     assert all(row["steps_per_second"] > 0 for row in timed)
+
+
+def test_layers_are_not_unrolled_on_a_mesh_and_no_workdir_is_opened(tmp_path, monkeypatch):
+    mesh = SimpleNamespace(shape={"data": 8, "fsdp": 1, "seq": 1}, size=8)
+    monkeypatch.setattr(trainer, "make_mesh", lambda config: mesh)
+    with pytest.raises(ValueError, match=r"model\.unroll_layers=True .* the mesh has 8: set it"):
+        trainer.train(tiny_config(model__unroll_layers=True), tmp_path / "run", debug=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_curves_and_the_config_are_there(finished_run):

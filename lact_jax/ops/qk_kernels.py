@@ -301,6 +301,8 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     tokens, count = _Tokens(refs, sizes, options), own_tokens(sizes)
 
     def own_case(window, fast):
+        """This program's tokens, for the readers that they have."""
+
         def token(t, carry):
             """Token t of this program, from its loads to its stores; nothing is carried."""
             cos, sin = tokens.rotation(t)
@@ -326,6 +328,8 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
     zeros = [jnp.zeros(sizes.tile, jnp.float32)] * sizes.pieces
 
     def own_case(window, fast):
+        """The gradients of this program's tokens, from the readers that they have."""
+
         def cotangent(arrays, at) -> list[jax.Array]:
             """A token's, from all arrays that have it."""
             parts = [tokens.load(ref, at) for ref in arrays]
