@@ -263,10 +263,11 @@ def restore_params(
     with contextlib.closing(manager), _reading_errors(directory, step):
         layout = tree.saved_layout(manager, step)
         if which not in ("ema", "params") or not any(p.startswith(which + "/") for p in layout):
-            held = sorted({path.split("/")[0] for path in layout})
+            held = {path.split("/")[0] for path in layout}
+            choices = " or ".join(map(repr, sorted(held & {"ema", "params"}))) or "another folder"
             raise CheckpointMismatchError(
-                f"{directory / str(step)} holds no parameters {which!r}: choose 'ema' or 'params' "
-                f"(it holds {held})"
+                f"{directory / str(step)} holds no parameters {which!r}: choose {choices} "
+                f"(it holds {sorted(held)})"
             )
         saved = {p: leaf for p, leaf in layout.items() if p.split("/")[0] in (which, "frozen")}
         if abstract_params is None:
