@@ -197,7 +197,8 @@ def test_params_alone_read_no_optimiser_state(tmp_path):
 
 def test_params_that_are_not_there_or_do_not_fit(tmp_path):
     save_steps(tmp_path, [1])
-    with pytest.raises(CheckpointMismatchError, match="no parameters 'raw': choose 'ema' or 'params' .*'opt_state'"):
+    message = "no parameters 'raw': choose 'ema' or 'params' .*'opt_state'"
+    with pytest.raises(CheckpointMismatchError, match=message):
         restore_params(tmp_path, which="raw")
     asked = abstract(make_state(1).ema)
     with pytest.raises(CheckpointMismatchError, match="frozen/blocks/0/fixed: float32"):
