@@ -5,8 +5,10 @@ N attention heads, K head width, P = K / 2, M fast-weight heads, E fast-weight h
 H fast-weight hidden width, R noise repeats, W chunks of the video.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -216,7 +218,7 @@ class LaCT(QKVO):
     def sequence(self, x_BCSD: jax.Array, rotation_CSP2: jax.Array, layout: SequenceLayout):
         """See mixer.py."""
         q, q_fast = self._window_and_fast("q", x_BCSD, rotation_CSP2, layout)
-        k, (k_fast,) = self._window_and_fast("k", x_BCSD, rotation_CSP2, layout)
+        k, k_fast = self._window_and_fast("k", x_BCSD, rotation_CSP2, layout)
         v = self.heads(checkpoint_name(self.v(x_BCSD), "qkv"))
         per_token = self._per_token(x_BCSD)
         with jax.named_scope("fast_weights"):
@@ -236,13 +238,14 @@ class LaCT(QKVO):
 
         Returns:
           Heads (B, C', S, N, K) of each of `window_parts`; k as `KeysWithPast` where a kernel can
-          write that. And fast heads (B, C', M, S, E): q of the `first`, `clean` and `later` chunks,
-          k of the `clean` ones.
+          write that. And fast heads (B, C', M, S, E): q of all `_fast_parts`, k of those of clean
+          chunks.
         """
         column = "qk".index(name)
         project, norm = getattr(self, name), getattr(self, f"norm_{name}")
         window = window_parts(layout)
-        fast = ((layout.first, layout.clean, layout.later), (layout.clean,))[column]
+        first, clean, later = self._fast_parts(layout, x_BCSD.dtype)
+        fast = (first, *clean, *later) if name == "q" else clean
         backend = self._qk_backend(x_BCSD, (*window, *fast))
         if backend != "xla":
             joins = name == "k" and can_join_past(layout, self.config.kv_cache_size)
@@ -263,6 +266,24 @@ class LaCT(QKVO):
             tuple(self._fast_qk(y_BCSNK[:, part], rotation_CSP2[part], column) for part in fast),
         )
 
+    def _fast_backend(self, dtype) -> str:
+        """How to compute the fast weights' elementwise passes."""
+        fits = swiglu_kernels.fits(self.w1.shape[-1])
+        return kernels.choose_backend(self.kernels, dtype, fits)
+
+    def _fast_parts(self, layout: SequenceLayout, dtype):
+        """The chunks of every array that the fast weights read or give: of the `first` chunks, then
+        lists of `clean` and of `later` ones. Where chunks are unrolled, those that one of them
+        updates or reads with are an array, since slices of a larger one would be copied."""
+        count, repeat = layout.num_clean, layout.num_repeat
+        if not fw.unrolls(count, False, self._fast_backend(dtype)):
+            return layout.first, [layout.clean], [layout.later]
+
+        def apart(chunks: slice, each: int):
+            return [slice(i, i + each) for i in range(chunks.start, chunks.stop, each)]
+
+        return layout.first, apart(layout.clean, 1), apart(layout.later, repeat)
+
     def _qk_backend(self, x_BCSD: jax.Array, ranges: tuple[slice, ...]) -> str:
         """How to compute these chunks with these options: by ops/qk_kernels but for 'xla'."""
         fits = (
@@ -282,7 +303,8 @@ class LaCT(QKVO):
           o_window: of each of `window_parts`, (B, C', S, N, K).
           layout: the sequence's.
         """
-        fast, window = (layout.first, layout.clean, layout.later), window_parts(layout)
+        first, clean, later = self._fast_parts(layout, o_window[0].dtype)
+        fast, window = (first, *clean, *later), window_parts(layout)
         batch, _, tokens = o_window[0].shape[:3]
         backend = self._merge_backend(o_window[0].dtype, layout)
         if backend != "xla":
@@ -314,33 +336,35 @@ class LaCT(QKVO):
         )
         return kernels.choose_backend(self.kernels, dtype, fits)
 
-    def _fast_sequence(self, per_token, q_fast, k_BCMSE, v_BCSNK, layout):
+    def _fast_sequence(self, per_token, q_fast, k_fast, v_BCSNK, layout):
         """What the fast weights give every chunk, and the statistics of REFERENCE.md 4.
 
         Args:
           per_token: of the sequence's tokens, (B, C, ...).
-          q_fast: fast q of the layout's `first`, `clean` and `later` chunks, (B, C, M, S, E).
-          k_BCMSE: fast k of the `clean` ones.
+          q_fast: fast q of all `_fast_parts`, (B, C', M, S, E).
+          k_fast: fast k of those of clean chunks.
           v_BCSNK: v of all chunks.
           layout: the sequence's.
 
         Returns:
-          Fast output of the `first`, `clean` and `later` chunks, (W, B, M, R S, E) for W chunks of
-          the video with R copies each, and the statistics.
+          Fast output of all `_fast_parts`, (W, B, M, R S, E) for W chunks of the video with R
+          copies each, and the statistics.
         """
-        clean, repeat = layout.clean, layout.num_repeat
+        _, clean, _ = self._fast_parts(layout, v_BCSNK.dtype)
+        parts, repeat, backend = len(clean), layout.num_repeat, self._fast_backend(v_BCSNK.dtype)
+        by_chunk = partial(_by_chunk, apart=fw.unrolls(layout.num_clean, False, backend))
         initial = self._initial_weights(v_BCSNK.shape[0])
-        by_chunk = _leading_chunk_axis
-        written = k_BCMSE, self._fast_v(v_BCSNK[:, clean]), *per_token.to_write(np.s_[:, clean])
-        chunks = fw.Chunk(*jax.tree.map(by_chunk, written))
-        q_first, q_clean, q_later = q_fast
+        q_first, q_clean, q_later = q_fast[0], q_fast[1 : parts + 1], q_fast[parts + 1 :]
+        v_clean = jnp.split(v_BCSNK[:, layout.clean], parts, axis=1)
+        lr, momentum = jax.tree.map(
+            _leading_chunk_axis, per_token.to_write(np.s_[:, layout.clean])
+        )
+        v_clean = tuple(map(self._fast_v, v_clean))
+        chunks = fw.Chunk(by_chunk(k_fast), by_chunk(v_clean), lr, momentum)
         q_first = rearrange(q_first, "b r m s e -> b m (r s) e")
-        q_later = rearrange(q_later, "b (w r) m s e -> w b m (r s) e", r=repeat)
-        fits = swiglu_kernels.fits(self.w1.shape[-1])
-        backend = kernels.choose_backend(self.kernels, v_BCSNK.dtype, fits)
         o_first = checkpoint_name(fw.read(initial, q_first, backend=backend), "fast_weights")
-        state, (o_clean, o_later) = fw.scan_chunks(
-            initial, chunks, (by_chunk(q_clean), q_later), self.config.rule,
+        state, outputs = fw.scan_chunks(
+            initial, chunks, (by_chunk(q_clean), by_chunk(q_later, repeat)), self.config.rule,
             in_checkpoint=self.in_checkpoint, backend=backend,
         )  # fmt: skip
         w0, w1, w2 = fw.to_matrices(state.weights)
@@ -350,7 +374,11 @@ class LaCT(QKVO):
             "fw_w1_norm": mean_norm(w1),
             "fw_w2_norm": mean_norm(w2),
         }
-        return (o_first[None], o_clean, o_later), stats
+        outputs = (
+            [x_BMTE[None] for x_BMTE in stream] if isinstance(stream, list) else [stream]
+            for stream in outputs
+        )
+        return (o_first[None], *itertools.chain(*outputs)), stats
 
     # Sampling.
 
@@ -384,6 +412,16 @@ class LaCT(QKVO):
         q, k = apply_rope(q, rotation_SP2[None]), apply_rope(k, rotation_SP2[None])
         o_window, past = attend_and_keep(q, k, v, self.config.kv_cache_size)
         return self._merge(per_token.gate, o_fast, o_window), LaCTCache(fast, past)
+
+
+def _by_chunk(parts: tuple[jax.Array, ...], copies: int = 1, *, apart: bool):
+    """Parts (B, W copies, M, S, E) as `fw.scan_chunks` takes them: `apart` a list of
+    (B, M, copies S, E), else one array with a leading axis."""
+    parts = [rearrange(x, "b (w r) m s e -> w b m (r s) e", r=copies) for x in parts]
+    if not apart:
+        (part,) = parts
+        return part
+    return [part[0] for part in parts]
 
 
 def _leading_chunk_axis(x: jax.Array) -> jax.Array:

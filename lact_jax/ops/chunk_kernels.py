@@ -2,10 +2,11 @@
 
 Triton takes only blocks whose sides are powers of two, so blocks are padded and masked. Arrays that
 are read or written apart have a range of the chunks each; of those that lack its own chunk a
-program is given some block, which it masks.
+program is given some block, which it leaves alone (`in_own_case`).
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 ChunkRange = tuple[int, int]  # the first chunk and the end
+# The chunks of an array: one range, or several with their chunks in turn (`place_in_turn`).
+Ranges = tuple[ChunkRange, ...]
 
 # Tokens that a program goes through, one at a time, where its kernel says no other number. With 60,
 # 13 chunks of 4680 tokens are 1014 programs, too few to keep an H200 busy to the end.
@@ -79,10 +82,66 @@ def exists(padded: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
     return lanes_exist
 
 
-def within(ranges: tuple[ChunkRange, ...]) -> list[jax.Array]:
-    """Whether this program's chunk, which the grid's second axis counts, is of each range."""
-    chunk = pl.program_id(1)
-    return [(first <= chunk) & (chunk < end) for first, end in ranges]
+@dataclass(frozen=True)
+class OneOf:
+    """Arrays of one kind, of which a program has the one at `which`."""
+
+    refs: tuple
+    which: jax.Array
+
+
+def in_own_case(body: Callable, chunks: int, *groups: tuple[list, Sequence[Ranges]]) -> None:
+    """Runs body(arrays, ...), for each group with those of its arrays that have this program's
+    chunk, which the grid's second axis counts. They may be `OneOf`, for `load` and `store`.
+
+    The body is compiled once for each run of chunks with as many arrays of the same lengths: so a
+    program computes nothing that nobody reads, and has no instructions that a mask turns off.
+
+    Args:
+      body: it gets a list for each group.
+      chunks: C.
+      groups: arrays, and the chunks of each.
+    """
+    ranges = itertools.chain(*(of_array for _, of_arrays in groups for of_array in of_arrays))
+    starts = sorted({0, chunks, *itertools.chain(*ranges)})
+
+    def own_arrays(chunk: int) -> list[list]:
+        """Those that have the chunk, with the numbers of their chunks."""
+        return [
+            [
+                (ref, num_chunks(of_array))
+                for ref, of_array in zip(refs, of_arrays, strict=True)
+                if any(first <= chunk < end for first, end in of_array)
+            ]
+            for refs, of_arrays in groups
+        ]
+
+    def numbers(chunk: int) -> list[list[int]]:
+        return [[number for _, number in arrays] for arrays in own_arrays(chunk)]
+
+    own = pl.program_id(1)
+    for _, run in itertools.groupby(starts[:-1], key=numbers):
+        run = list(run)
+        end = starts[starts.index(run[-1]) + 1]
+        lists = [
+            [_one_of([ref for ref, _ in each], run, own) for each in zip(*arrays, strict=True)]
+            for arrays in zip(*map(own_arrays, run), strict=True)
+        ]
+        pl.when((run[0] <= own) & (own < end))(partial(body, *lists))
+
+
+def _one_of(refs: list, starts: list[int], own: jax.Array):
+    """The array of chunk `own`, where each has the chunks from one of the starts to the next."""
+    changes = [i for i in range(len(refs)) if i == 0 or refs[i] is not refs[i - 1]]
+    if len(changes) == 1:
+        return refs[0]
+    which = sum((starts[i] <= own).astype(jnp.int32) for i in changes[1:])
+    return OneOf(tuple(refs[i] for i in changes), which)
+
+
+def num_chunks(ranges: Ranges) -> int:
+    """How many chunks an array has."""
+    return sum(end - first for first, end in ranges)
 
 
 def place(chunk: jax.Array, chunks: ChunkRange) -> jax.Array:
@@ -127,9 +186,15 @@ def own_tokens(sizes: TokenRuns) -> jax.Array:
 
 def load(ref, index: tuple, mask) -> jax.Array:
     """The block's numbers in float32, with zeros where the mask is False."""
+    if isinstance(ref, OneOf):
+        return jax.lax.switch(ref.which, [partial(load, one, index, mask) for one in ref.refs])
     return triton.load(_at(ref, index), mask=mask, other=0.0).astype(jnp.float32)
 
 
 def store(ref, index: tuple, value: jax.Array, mask) -> None:
     """Stores in the type of `ref` where the mask is True."""
+    if isinstance(ref, OneOf):
+        for i, one in enumerate(ref.refs):
+            pl.when(ref.which == i)(partial(store, one, index, value, mask))
+        return
     triton.store(_at(ref, index), value.astype(ref.dtype), mask=mask)

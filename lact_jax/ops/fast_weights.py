@@ -233,6 +233,12 @@ _HIDDEN = jax.checkpoint_policies.save_only_these_names("hidden", "update")
 MAX_UNROLLED = 8
 
 
+def unrolls(count: int, keep_hidden: bool, backend: str) -> bool:
+    """Whether `scan_chunks` unrolls so many chunks."""
+    few = backend != "xla" and count <= MAX_UNROLLED
+    return count > 0 and (few or keep_hidden)
+
+
 def scan_chunks(
     initial: FastWeights,
     chunks_C: Chunk,
@@ -251,9 +257,11 @@ def scan_chunks(
 
     Args:
       initial: weights at the start of the sequence.
-      chunks_C: the clean chunks, each array with a leading chunk axis C.
-      queries_C: streams of queries (C, B, M, T, E); chunk c of each reads the weights that clean
-        chunk c has just updated. Streams stay apart because joining and slicing them costs copies.
+      chunks_C: the clean chunks, each array with a leading chunk axis C. Where chunks are unrolled
+        (`unrolls`) it may be a list of C arrays instead, which spares the copies of slicing it.
+      queries_C: streams of queries (C, B, M, T, E), or lists likewise; chunk c of each reads the
+        weights that clean chunk c has just updated. Streams stay apart because joining and slicing
+        them costs copies.
       rule: the update rule.
       keep_hidden: keep what the matmuls of the hidden width gave, (3H + 2H for each stream) numbers
         a token in the inputs' dtype, and the raw updates, for the backward pass. Without it that
@@ -265,7 +273,7 @@ def scan_chunks(
         `kernels.choose_backend`.
 
     Returns:
-      The final state and one output (C, B, M, T, E) for each stream.
+      The final state and one output (C, B, M, T, E) for each stream, a list where the stream is.
     """
     inputs_C, start = (chunks_C, queries_C), initial_state(initial, rule)
     norms = row_norms(initial)
@@ -283,8 +291,7 @@ def scan_chunks(
     def looped(state, inputs):
         return checkpoint_name(step(state, inputs), "fast_weights")
 
-    few = backend != "xla" and len(chunks_C.k_BMSE) <= MAX_UNROLLED
-    if len(chunks_C.k_BMSE) == 0 or not (few or keep_hidden):
+    if not unrolls(len(chunks_C.k_BMSE), keep_hidden, backend):
         return jax.lax.scan(looped, start, inputs_C)
 
     stepped = partial(_stepped, rule=rule, backend=backend)
@@ -303,15 +310,26 @@ def scan_chunks(
         last_update, outputs = checkpoint_name(kept, "fast_weights")
         return State(weights, last_update), outputs
 
-    return _unrolled(unrolled, start, inputs_C)
+    state, outputs = _unrolled(unrolled, start, inputs_C)
+    stacked = (
+        parts if isinstance(queries, list) else jnp.stack(parts)
+        for queries, parts in zip(queries_C, outputs, strict=True)
+    )
+    return state, tuple(stacked)
 
 
 def _unrolled(body, carry, inputs_C):
-    """As jax.lax.scan, without a loop. The gradients of slices are joined, not added to zeros."""
-    leaves, tree = jax.tree.flatten(inputs_C)
-    count, outputs = len(leaves[0]), []
-    slices = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
-    for step in zip(*slices, strict=True):
-        carry, output = body(carry, tree.unflatten([part[0] for part in step]))
+    """As jax.lax.scan, without a loop: for each output a list."""
+    leaves, tree = jax.tree.flatten(inputs_C, is_leaf=lambda x: isinstance(x, list))
+    outputs = []
+    for step in zip(*map(_each_chunk, leaves), strict=True):
+        carry, output = body(carry, tree.unflatten(step))
         outputs.append(output)
-    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    return carry, [list(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _each_chunk(x_C: jax.Array | list[jax.Array]) -> list[jax.Array]:
+    """The chunks of an array. The gradients of its slices are joined, not added to zeros."""
+    if isinstance(x_C, list):
+        return x_C
+    return [part[0] for part in jax.lax.split(x_C, (1,) * len(x_C), axis=0)]

@@ -13,7 +13,7 @@ Letters: B batch, C chunks, S tokens of a chunk, D width, M fast-weight heads, E
 
 import math
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,13 @@ from jax.experimental.pallas import triton
 
 from lact_jax.ops.chunk_kernels import (
     ChunkRange,
+    Ranges,
     call_by_name,
     exists,
+    in_own_case,
     load,
     own_tokens,
     store,
-    within,
 )
 from lact_jax.ops.merge_tiles import MAX_LANES, Sizes
 
@@ -147,23 +148,15 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: MergeOptions) -
 _ALL = slice(None)
 
 
-def _program(refs: dict, sizes: Sizes, options: MergeOptions):
-    """Which parts have this program's chunk, of `fast` and of `window`; which lanes of a token are
-    not padding (M, E); the norm's scale (1, E)."""
+def _token_and_scale(refs: dict, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+    """Which lanes of a token are not padding (M, E); the norm's scale (1, E)."""
     scale_E = load(refs["scale"], (_ALL,), exists(sizes.tile[1:], sizes.token[1:]))
-    has_chunk = within(options.fast), within(options.window)
-    return *has_chunk, exists(sizes.tile, sizes.token), scale_E[None]
+    return exists(sizes.tile, sizes.token), scale_E[None]
 
 
-def _part(refs: list, index: tuple, has_chunk: list, mask_ME: jax.Array) -> jax.Array:
-    """A token from the one of the arrays that has this program's chunk."""
-    parts = zip(refs, has_chunk, strict=True)
-    return reduce(jnp.add, (load(ref, index, mask_ME & has) for ref, has in parts))
-
-
-def _store_part(refs: list, index: tuple, value, has_chunk: list, mask_ME: jax.Array) -> None:
-    for ref, has in zip(refs, has_chunk, strict=True):
-        store(ref, index, value, mask_ME & has)
+def _ranges(chunks: tuple[ChunkRange, ...]) -> list[Ranges]:
+    """As `in_own_case` takes them."""
+    return [(own,) for own in chunks]
 
 
 def _rms_factor(squares_M: jax.Array, sizes: Sizes, options: MergeOptions) -> jax.Array:
@@ -172,42 +165,59 @@ def _rms_factor(squares_M: jax.Array, sizes: Sizes, options: MergeOptions) -> ja
 
 
 def _forward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
-    in_fast, in_window, mask_ME, scale_1E = _program(refs, sizes, options)
+    (mask_ME, scale_1E), count = _token_and_scale(refs, sizes), own_tokens(sizes)
 
-    def token(t, carry):
-        """Token t of this program, from its loads to its stores; nothing is carried."""
-        fast = _part(refs["fast"], (_ALL, t), in_fast, mask_ME)
-        window = _part(refs["window"], (t,), in_window, mask_ME)
-        gate = triton.load(refs["gate"].at[t])
-        squares_M = jnp.sum(fast * fast, axis=1)
-        y = gate * (fast * _rms_factor(squares_M, sizes, options) * scale_1E) + window
-        store(out["y"], (t,), y, mask_ME)
-        triton.store(out["fast_norm"].at[t], jnp.sum(jnp.sqrt(squares_M)) / sizes.heads)
-        window_norm = jnp.sqrt(jnp.sum(jnp.sum(window * window, axis=1)))
-        triton.store(out["window_norm"].at[t], window_norm)
-        return carry
+    def own_case(fast_refs, window_refs):
+        """This program's tokens, from the arrays that have its chunk."""
+        (fast_ref,), (window_ref,) = fast_refs, window_refs
 
-    jax.lax.fori_loop(0, own_tokens(sizes), token, None)
+        def token(t, carry):
+            """Token t of this program, from its loads to its stores; nothing is carried."""
+            fast, window = load(fast_ref, (_ALL, t), mask_ME), load(window_ref, (t,), mask_ME)
+            gate = triton.load(refs["gate"].at[t])
+            squares_M = jnp.sum(fast * fast, axis=1)
+            y = gate * (fast * _rms_factor(squares_M, sizes, options) * scale_1E) + window
+            store(out["y"], (t,), y, mask_ME)
+            triton.store(out["fast_norm"].at[t], jnp.sum(jnp.sqrt(squares_M)) / sizes.heads)
+            window_norm = jnp.sqrt(jnp.sum(jnp.sum(window * window, axis=1)))
+            triton.store(out["window_norm"].at[t], window_norm)
+            return carry
+
+        jax.lax.fori_loop(0, count, token, None)
+
+    in_own_case(
+        own_case, sizes.chunks,
+        (refs["fast"], _ranges(options.fast)), (refs["window"], _ranges(options.window)),
+    )  # fmt: skip
 
 
 def _backward_kernel(refs, out, *, sizes: Sizes, options: MergeOptions):
-    in_fast, in_window, mask_ME, scale_1E = _program(refs, sizes, options)
+    (mask_ME, scale_1E), count = _token_and_scale(refs, sizes), own_tokens(sizes)
 
-    def token(t, sums):
-        """Token t of this program: stores its gradients, adds its terms to the scale's."""
-        fast = _part(refs["fast"], (_ALL, t), in_fast, mask_ME)
-        dy = load(refs["y"], (t,), mask_ME)
-        gate = triton.load(refs["gate"].at[t])
-        _store_part(out["window"], (t,), dy, in_window, mask_ME)
-        factor = _rms_factor(jnp.sum(fast * fast, axis=1), sizes, options)
-        normed = fast * factor
-        scaled = dy * scale_1E
-        along_M = jnp.sum(scaled * normed, axis=1)
-        triton.store(out["gate"].at[t], jnp.sum(along_M))
-        dfast = (scaled - normed * (along_M[:, None] / sizes.head_dim)) * (factor * gate)
-        _store_part(out["fast"], (_ALL, t), dfast, in_fast, mask_ME)
-        return sums + gate * dy * normed
+    def own_case(fast_refs, dfast_refs, dwindow_refs):
+        """The gradients of this program's tokens, to the arrays that have its chunk."""
+        (fast_ref,), (dfast_ref,), (dwindow_ref,) = fast_refs, dfast_refs, dwindow_refs
 
-    zeros = jnp.zeros(sizes.tile, jnp.float32)
-    sums = jax.lax.fori_loop(0, own_tokens(sizes), token, zeros)
-    store(out["scale"], (_ALL, _ALL), sums, mask_ME)
+        def token(t, sums):
+            """Token t of this program: stores its gradients, adds its terms to the scale's."""
+            fast, dy = load(fast_ref, (_ALL, t), mask_ME), load(refs["y"], (t,), mask_ME)
+            gate = triton.load(refs["gate"].at[t])
+            store(dwindow_ref, (t,), dy, mask_ME)
+            factor = _rms_factor(jnp.sum(fast * fast, axis=1), sizes, options)
+            normed = fast * factor
+            scaled = dy * scale_1E
+            along_M = jnp.sum(scaled * normed, axis=1)
+            triton.store(out["gate"].at[t], jnp.sum(along_M))
+            dfast = (scaled - normed * (along_M[:, None] / sizes.head_dim)) * (factor * gate)
+            store(dfast_ref, (_ALL, t), dfast, mask_ME)
+            return sums + gate * dy * normed
+
+        zeros = jnp.zeros(sizes.tile, jnp.float32)
+        sums = jax.lax.fori_loop(0, count, token, zeros)
+        store(out["scale"], (_ALL, _ALL), sums, mask_ME)
+
+    fast = _ranges(options.fast)
+    in_own_case(
+        own_case, sizes.chunks,
+        (refs["fast"], fast), (out["fast"], fast), (out["window"], _ranges(options.window)),
+    )  # fmt: skip

@@ -10,32 +10,31 @@ pass reads z once, and the backward pass z and the cotangents. The plain form is
 and `models.layers`, and the tests hold both to each other.
 
 Beside memory, instructions and exchanges between warps bound such kernels. So they have a loop for
-every set of readers (`_in_own_case`), few warps share a token, and all of its numbers are on their
+every set of readers (`in_own_case`), few warps share a token, and all of its numbers are on their
 way before the first sum over them.
 
 Letters: B batch, C chunks, S tokens of a chunk, D width, N attention heads, K head width,
 P = K / 2, M fast-weight heads, E their width (ME = NK = D), L as in `qk_tiles`.
 """
 
-import itertools
 from dataclasses import dataclass
 from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from lact_jax.ops.chunk_kernels import (
     ChunkRange,
+    Ranges,
     call_by_name,
     exists,
+    in_own_case,
     load,
     multiply_add,
     own_tokens,
     store,
-    within,
 )
-from lact_jax.ops.qk_tiles import BACKWARD, FORWARD, MAX_LANES, SUMS, Program, Ranges, Sizes
+from lact_jax.ops.qk_tiles import BACKWARD, FORWARD, MAX_LANES, SUMS, Program, Sizes
 
 _VECTORS = "bias", "norm_scale", "fast_scale", "fast_offset"
 _EVERY = slice(None)
@@ -189,28 +188,10 @@ def _run(kernel, arrays: dict, out: dict, sizes: Sizes, options: QKOptions) -> d
 # The kernels. They hold a token as a list of pieces (M, L).
 
 
-def _in_own_case(body, arrays: dict, sizes: Sizes, options: QKOptions) -> None:
-    """Runs body(window, fast) with those of the readers' arrays that have this program's chunk.
-
-    The body is compiled once for each run of chunks with the same readers: so a program computes
-    nothing that nobody reads, and has no instructions that a mask turns off.
-    """
-    ranges = itertools.chain(*options.of_window, *options.of_fast)
-    ends = {0, sizes.chunks, *itertools.chain(*ranges)}
-    for first, end in itertools.pairwise(sorted(ends)):
-        window = _with_chunk(first, arrays["window"], options.of_window)
-        fast = _with_chunk(first, arrays["fast"], options.of_fast)
-        (has_chunk,) = within(((first, end),))
-        pl.when(has_chunk)(partial(body, window, fast))
-
-
-def _with_chunk(chunk: int, refs: list, of_refs: tuple[Ranges, ...]) -> list:
-    """Those of the arrays that have the chunk."""
-    return [
-        ref
-        for ref, ranges in zip(refs, of_refs, strict=True)
-        if any(first <= chunk < end for first, end in ranges)
-    ]
+def _of_readers(body, arrays: dict, sizes: Sizes, options: QKOptions) -> None:
+    """Runs body(window, fast) with those of the readers' arrays that have this program's chunk."""
+    window, fast = (arrays["window"], options.of_window), (arrays["fast"], options.of_fast)
+    in_own_case(body, sizes.chunks, window, fast)
 
 
 def _window_at(t):
@@ -319,7 +300,7 @@ def _forward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
 
         jax.lax.fori_loop(0, count, token, None)
 
-    _in_own_case(own_case, out, sizes, options)
+    _of_readers(own_case, out, sizes, options)
 
 
 def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
@@ -362,7 +343,7 @@ def _backward_kernel(refs, out, *, sizes: Sizes, options: QKOptions):
         for place, total in enumerate(sums):
             tokens.store([out["sums"]], partial(_sum_at, place), total)
 
-    _in_own_case(own_case, refs, sizes, options)
+    _of_readers(own_case, refs, sizes, options)
 
 
 def _sum_at(place: int, piece: int) -> tuple:

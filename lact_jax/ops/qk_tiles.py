@@ -9,10 +9,7 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-from lact_jax.ops.chunk_kernels import ChunkRange, TokenRuns, place_in_turn
-
-# The chunks of an array: one range, or several with their chunks in turn (`place_in_turn`).
-Ranges = tuple[ChunkRange, ...]
+from lact_jax.ops.chunk_kernels import Ranges, TokenRuns, num_chunks, place_in_turn
 
 WARP_THREADS = 32
 # Wider tokens are not taken: 16 warps of a program have 128 registers a thread, of which the sums
@@ -118,12 +115,12 @@ class Sizes(TokenRuns):
 
     def window_shape(self, ranges: Ranges) -> tuple[int, ...]:
         """Of an array with the layout of attention."""
-        return self.batch, _length(ranges), self.tokens, *self.token
+        return self.batch, num_chunks(ranges), self.tokens, *self.token
 
     def fast_shape(self, ranges: Ranges) -> tuple[int, ...]:
         """Of an array with the layout of the fast weights."""
         fast_heads, *pieces = self.token
-        return self.batch, _length(ranges), fast_heads, self.tokens, *pieces
+        return self.batch, num_chunks(ranges), fast_heads, self.tokens, *pieces
 
     @property
     def sums_shape(self) -> tuple[int, ...]:
@@ -164,7 +161,3 @@ class Sizes(TokenRuns):
         fast_heads, length = self.tile
         return fast_heads, self.pieces, length
 
-
-def _length(ranges: Ranges) -> int:
-    """How many chunks an array has."""
-    return sum(end - first for first, end in ranges)

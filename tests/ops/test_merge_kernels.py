@@ -1,5 +1,8 @@
 """The kernel that merges a layer's two outputs, interpreted, against the plain operations."""
 
+import itertools
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,16 @@ def case(batch, tokens, heads, head_dim, copies, video_chunks, seed=0):
         interpret=True,
     )  # fmt: skip
     return (fast, window, gate, scale), options
+
+
+def each_apart(args, options):
+    """The same with every video chunk's fast output in an array of its own."""
+    (fast, *others), parts = args, []
+    for (first, end), x_WBMTE in zip(options.fast, fast, strict=True):
+        copies = (end - first) // len(x_WBMTE)
+        parts += [(i, i + copies) for i in range(first, end, copies)]
+    fast = tuple(itertools.chain(*(jnp.split(x, len(x)) for x in fast)))
+    return (fast, *others), replace(options, fast=tuple(parts))
 
 
 def plain(fast, window, gate_BCS1, scale_E, options):
@@ -94,6 +107,13 @@ def test_values_and_gradients_are_those_of_the_plain_form(
     batch, tokens, heads, head_dim, copies, video_chunks
 ):
     check(*case(batch, tokens, heads, head_dim, copies, video_chunks), jnp.float32, 1e-6, 2e-6)
+
+
+@pytest.mark.parametrize(("copies", "video_chunks"), [(1, 4), (2, 3)])
+def test_every_chunk_in_an_array_of_its_own(copies, video_chunks):
+    args, options = each_apart(*case(1, 15, 2, 12, copies, video_chunks))
+    assert len(options.fast) == 2 * video_chunks - 1
+    check(args, options, jnp.float32, 1e-6, 2e-6)
 
 
 def test_in_bfloat16_the_kernel_stays_near_float32():

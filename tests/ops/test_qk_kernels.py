@@ -17,6 +17,7 @@ EPS, L2_EPS = 1e-6, 1e-5
 B, C, HEIGHT, WIDTH = 2, 4, 3, 5
 S = HEIGHT * WIDTH
 SOME, ALL = ((1, 3),), ((0, C),)
+EACH = tuple((i, i + 1) for i in range(C))
 
 
 def relative(a, b):
@@ -105,6 +106,8 @@ CASES = [
     (4, 4, 2, ((1, 2),), ((2, 3),), ()),  # chunks that one of both reads, and that none does
     (6, 4, 2, ((0, 2),), ((1, 2),), (((1, 2), (3, 4)),)),  # chunk 1 thrice, chunk 2 not at all
     (3, 12, 3, (), SOME, (((0, 2), (2, 4)), ((1, 2), (2, 3)))),  # all joined, some of them twice
+    (6, 4, 2, ((0, 2), (2, 4)), EACH, ()),  # each chunk apart, for the fast weights
+    (4, 4, 2, (), EACH[1:3], (((0, 2), (2, 4)),)),  # as for k
 ]
 
 

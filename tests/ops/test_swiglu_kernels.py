@@ -139,6 +139,30 @@ def test_scan_with_the_kernels_is_the_plain_one(dtype, bound, keep_hidden):
         assert relative_error(mine, plain) < bound
 
 
+@pytest.mark.usefixtures("float32_matmuls", "quick_compile")
+def test_chunks_and_a_stream_given_one_by_one_are_the_same():
+    (initial, chunks, (clean, later)), (dweights, dqueries) = case("float32")
+    options = dict(backend="interpret", keep_hidden=False)
+
+    def apart(initial, k_C, v_C, clean_C):
+        one_by_one = chunks._replace(k_BMSE=list(k_C), v_BMSE=list(v_C))
+        state, outputs = scan((initial, one_by_one, (list(clean_C), later)), **options)
+        assert isinstance(outputs[0], list) and outputs[1].shape == later.shape
+        return state.weights, (jnp.stack(outputs[0]), outputs[1])
+
+    def whole(initial, k_C, v_C, clean_C):
+        stacked = chunks._replace(k_BMSE=k_C, v_BMSE=v_C)
+        state, outputs = scan((initial, stacked, (clean_C, later)), **options)
+        return state.weights, outputs
+
+    def run(form):
+        outputs, transpose = jax.vjp(form, initial, chunks.k_BMSE, chunks.v_BMSE, clean)
+        return outputs, transpose((dweights, dqueries))
+
+    for mine, other in zip(*map(jax.tree.leaves, map(run, (apart, whole))), strict=True):
+        assert relative_error(mine, other) < 1e-6
+
+
 @pytest.mark.parametrize("backend", ["xla", "interpret"])
 @pytest.mark.parametrize("keep_hidden", [False, True])
 def test_the_products_of_the_hidden_width_are_kept_where_asked_and_nothing_else(
