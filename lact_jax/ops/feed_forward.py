@@ -113,8 +113,7 @@ def biased_gelu_grad(
         in_specs=[table, vector, table],
         out_specs=[table, sums] + [table] * with_value,
         out_shape=[wide, parts] + [wide] * with_value,
-        # Where they are not needed any more, the result takes the place of z, dz that of grad.
-        input_output_aliases={2: 0} | ({0: 2} if with_value else {}),
+        input_output_aliases={2: 0},  # nobody else reads grad; z may be what a layer keeps
         name="biased_gelu_grad",
         **_options(interpret),
     )(z_TH, bias_H, grad_TH)
