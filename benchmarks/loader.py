@@ -22,7 +22,7 @@ from lact_jax.config import Config, parse
 from lact_jax.data import empty_text, make_dataset
 from lact_jax.data.encoding import encode_dataset
 from lact_jax.encoders import make_codec, make_text_encoder
-from lact_jax.train_state import init_state, make_train_step
+from lact_jax.train_state import init_state, jit_train_step
 from lact_jax.trainer import BatchEncoder
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -75,7 +75,7 @@ class Stepper:
         self._encode = BatchEncoder(codec, text, device)
         self._empty = jax.device_put(empty_text(config.data.name, config, text), device)
         self._state = jax.jit(lambda: init_state(config), out_shardings=device)()
-        self._step = jax.jit(make_train_step(config), donate_argnums=0)
+        self._step = jit_train_step(config)
 
     def seconds(self, batches, count: int) -> tuple[float, float]:
         """(seconds a step, those of them that `next(batches)` takes), after one step untimed."""

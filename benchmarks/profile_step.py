@@ -22,21 +22,28 @@ TOP = flags.DEFINE_integer("top", 40, "Kernels to list.")
 
 PARTS = ("window_attention", "fast_weights", "self_attention", "cross_attention", "ffn")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\S+).*?op_name=\"([^\"]*)\"", re.M)
+_MODULE = re.compile(r"^HloModule ([\w.\-]+)", re.M)
 
 
-def sources(compiled_text: str) -> dict[str, tuple[str, str]]:
-    """Instruction -> (type of its result, name stack of the JAX operation behind it)."""
-    return {name: (kind, stack) for name, kind, stack in _INSTRUCTION.findall(compiled_text)}
+def sources(compiled_text: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """(module, instruction) -> (type of its result, name stack of the JAX operation behind it)."""
+    _, *parts = _MODULE.split(compiled_text)
+    return {
+        (module, name): (kind, stack)
+        for module, text in zip(parts[::2], parts[1::2], strict=True)
+        for name, kind, stack in _INSTRUCTION.findall(text)
+    }
 
 
-def kernel_times(folder: Path) -> dict[tuple[str, str], tuple[float, int]]:
-    """(HLO instruction, kernel) -> (milliseconds, launches) of all device streams."""
+def kernel_times(folder: Path) -> dict[tuple[str, str, str], tuple[float, int]]:
+    """(module, instruction, kernel) -> (milliseconds, launches) of all device streams."""
     (path,) = folder.rglob("*.trace.json.gz")
     found = collections.defaultdict(lambda: [0.0, 0])
     for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
         instruction = event.get("args", {}).get("hlo_op")
         if instruction is not None and "dur" in event:
-            entry = found[instruction, event["name"]]
+            module = event["args"].get("hlo_module", "").split("(")[0]
+            entry = found[module, instruction, event["name"]]
             entry[0] += event["dur"] / 1e3
             entry[1] += 1
     return {key: tuple(value) for key, value in found.items()}
@@ -62,7 +69,9 @@ def kind_of(instruction: str, kernel: str) -> str:
 
 def main(_):
     step = train_step.Step()
-    stacks = sources(step.compile().as_text())
+    # A profile does not tell the instructions within a CUDA graph.
+    graphs = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+    stacks = sources(step.compile(graphs).as_text())
     for _ in range(2):
         jax.block_until_ready(step.advance())
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +79,8 @@ def main(_):
             jax.block_until_ready(step.advance())
         times = kernel_times(Path(folder))
     by_part, rows = collections.Counter(), []
-    for (instruction, kernel), (ms, launches) in times.items():
-        kind, stack = stacks.get(instruction, ("", ""))
+    for (module, instruction, kernel), (ms, launches) in times.items():
+        kind, stack = stacks.get((module, instruction), ("", ""))
         by_part[part_of(stack), kind_of(instruction, kernel)] += ms
         rows.append((ms, launches, instruction, kernel[:40], kind[:60], stack[-90:]))
     for ms, launches, *names in sorted(rows, reverse=True)[: TOP.value]:

@@ -14,7 +14,7 @@ from benchmarks import common
 from lact_jax.config import parse
 from lact_jax.flops import count_sequence, sequence_sizes
 from lact_jax.models.dit import init_params
-from lact_jax.train_state import init_state, make_train_step
+from lact_jax.train_state import init_state, jit_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/ar_chunk3f.py")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps.")
@@ -42,11 +42,12 @@ class Step:
         # The head starts at zero, and with it every gradient behind it.
         params["head"]["head"]["kernel"] = params["patch_embedding"]["kernel"].T
         self.state = jax.jit(lambda p: init_state(config, p), donate_argnums=0)(params)
-        self._step = jax.jit(make_train_step(config), donate_argnums=0)
+        self._step = jit_train_step(config)
 
-    def compile(self):
-        """Traces and compiles the step; returns the compiled program."""
-        self._compiled = self._step.lower(self.state, *self._inputs).compile()
+    def compile(self, options: dict | None = None):
+        """Traces and compiles the step, with XLA's options; returns the compiled program."""
+        lowered = self._step.trace(self.state, *self._inputs).lower()
+        self._compiled = lowered.compile(compiler_options=options)
         return self._compiled
 
     def advance(self) -> dict:

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from jax.sharding import Mesh
 
 from lact_jax.config import Config
 from lact_jax.models.dit import bind, init_params
 from lact_jax.objective import compute_loss
+from lact_jax.ops.layer_scan import PASSES
 from lact_jax.ops.parallel import cut_clips
 from lact_jax.optim import learning_rate, make_optimizer, merge, should_skip, split_trainable
+from lact_jax.pieces import Pieces
+from lact_jax.sharding import on_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +83,8 @@ def make_train_step(config: Config) -> Callable:
 
         if parts == 1:
             return one(0, latent, text)
+        if config.model.unroll_layers:
+            return _over_calls(one, parts, latent, text)
         split = [
             cut_clips(rearrange(x, "(a b) ... -> a b ...", a=parts), axis=1) for x in (latent, text)
         ]
@@ -120,3 +127,34 @@ def make_train_step(config: Config) -> Callable:
         return state, metrics
 
     return step_fn
+
+
+def _over_calls(one: Callable, parts: int, latent: jax.Array, text: jax.Array):
+    """The mean of one(first_sample, latent, text) over microbatches, by a call for each: of one
+    function, which `Pieces` cuts once."""
+    add = jax.jit(lambda total, *inputs: jax.tree.map(jnp.add, total, one(*inputs)))
+    split = [jnp.split(x, parts) for x in (latent, text)]
+    starts = [jnp.int32(i * len(split[0][0])) for i in range(parts)]
+    shapes = jax.eval_shape(one, starts[0], split[0][0], split[1][0])
+    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    for inputs in zip(starts, *split, strict=True):
+        total = add(total, *inputs)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def jit_train_step(
+    config: Config, mesh: Mesh | None = None, out_shardings: Any = None
+) -> Callable:
+    """`make_train_step`, compiled at its first call. It takes the place of the state.
+
+    Args:
+      config: the run's. Where layers are unrolled, their passes are programs of their own
+        (`pieces`), else the step is one program.
+      mesh: to trace for; None for one device.
+      out_shardings: of its results, for one program.
+    """
+    step = make_train_step(config)
+    if config.model.unroll_layers:
+        return Pieces(step, PASSES, donate_argnums=(0,))
+    step = step if mesh is None else on_mesh(mesh, step)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)

@@ -19,9 +19,9 @@ from lact_jax.data import empty_text, make_dataset
 from lact_jax.interrupt import leave_on_signal, of_all_processes
 from lact_jax.models.dit import abstract_params
 from lact_jax.optim import merge
-from lact_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated, state_shardings
+from lact_jax.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from lact_jax.sizes import check_shares, check_sizes
-from lact_jax.train_state import TrainState, init_state, make_train_step
+from lact_jax.train_state import TrainState, init_state, jit_train_step
 from lact_jax.training_log import Log, NoLog, step_work
 from lact_jax.watch import Watch
 from lact_jax.workdir import open_workdir
@@ -127,11 +127,7 @@ class _Run:
         work = functools.cache(lambda size: step_work(config, size, self.mesh.devices))
         self.log = Log(config, folder, self.step, work) if distributed.is_main() else NoLog()
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        step_fn = jax.jit(
-            on_mesh(self.mesh, make_train_step(config)),
-            donate_argnums=0,
-            out_shardings=(shardings, replicated(self.mesh)),
-        )
+        step_fn = jit_train_step(config, self.mesh, (shardings, replicated(self.mesh)))
         self.train_step = lambda state, latent, text: step_fn(state, latent, text, empty)
 
     def _restore_or_init(self) -> TrainState:

@@ -22,6 +22,7 @@ from lact_jax.hlo import Collective, collectives
 from lact_jax.models.dit import abstract_params
 from lact_jax.ops.attention import attend
 from lact_jax.ops.layer_scan import scan_layers, unroll_layers
+from lact_jax.pieces import Pieces
 from lact_jax.planning import tables, virtual
 from lact_jax.planning.bounds import bounds, collective_seconds, exchanges, fits
 from lact_jax.planning.cards import CARDS, USABLE, find_card
@@ -45,9 +46,11 @@ def held(tree) -> int:
     return sum(s.data.nbytes for s in shards if s.device == first)
 
 
-def tiny(job: str, shape):
+def tiny(job: str, shape, **changes):
     """(a plan, what the first device holds of such a state by group)."""
-    config = tiny_config(data__batch_size=8, train__trainable="attn_only", model__remat="full")
+    config = tiny_config(
+        data__batch_size=8, train__trainable="attn_only", model__remat="full", **changes
+    )
     devices = jax.devices()[: math.prod(shape)]
     planner = Planner(config, job, H200, devices)
     found = planner(Choice(shape, "full"))
@@ -69,9 +72,11 @@ def tiny(job: str, shape):
 def script() -> None:
     with quickly_compiled():
         result = {}
-        for job, shape in (("train", ONE), ("train", DATA), ("train", MIXED), ("sample", MIXED)):
-            found, real = tiny(job, shape)
-            result[f"{job} {shape}"] = tables.as_json(found, H200) | {
+        jobs = [("train", ONE), ("train", DATA), ("train", MIXED), ("sample", MIXED)]
+        named = {f"{job} {shape}": tiny(job, shape) for job, shape in jobs}
+        named["train in pieces"] = tiny("train", ONE, model__unroll_layers=True)
+        for name, (found, real) in named.items():
+            result[name] = tables.as_json(found, H200) | {
                 "held": real, "text": tables.plan_text(found, H200),
             }  # fmt: skip
         unrolled = tiny_config(data__batch_size=8, model__unroll_layers=True)
@@ -79,6 +84,11 @@ def script() -> None:
             Planner(unrolled, "train", H200, jax.devices())(Choice(DATA, "full"))
         except ValueError as error:
             result["unrolled"] = str(error)
+        cut = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
+        try:
+            Pieces(jnp.sin, ("layer",)).trace(jax.device_put(jnp.ones(8), cut))
+        except ValueError as error:
+            result["pieces"] = str(error)
     json.dump(result, sys.stdout)
 
 
@@ -120,6 +130,16 @@ def test_the_planned_state_is_what_a_device_holds(plans, shape):
 
 def test_layers_are_not_unrolled_on_a_mesh(plans):
     assert plans["unrolled"].startswith("model.unroll_layers=True: a mesh of several devices")
+    assert plans["pieces"].startswith("pieces run on one device, the arguments are on ")
+
+
+def test_a_step_in_pieces_is_planned_from_its_programs(plans):
+    (step,), (whole,) = (plans[name]["programs"] for name in ("train in pieces", f"train {ONE}"))
+    for name in ("state", "updated", "gradients", "kept", "model_flops", "flops"):
+        assert step[name] == whole[name]
+    # Before its backward pass all that layers keep is there.
+    assert step["temporaries"] > step["kept"] > 0
+    assert step["peak"] == pytest.approx(whole["peak"], rel=0.1)
 
 
 def test_clips_on_eight_devices_are_the_flops_of_one_device(plans):
@@ -187,6 +207,10 @@ def test_kept_is_what_layers_stack_for_the_backward_pass(scan):
         body = jax.checkpoint(lambda x, w: (jnp.sin(x * w), None))
         return scan(body, x, weights)[0].sum()
 
+    def called(weights, xs):
+        add = jax.jit(lambda total, x: total + jax.grad(loss)(weights, x))
+        return add(add(jnp.zeros_like(weights), xs[0]), xs[1])
+
     def accumulated(weights, xs):
         def body(total, x):
             return total + jax.grad(loss)(weights, x), None
@@ -196,8 +220,9 @@ def test_kept_is_what_layers_stack_for_the_backward_pass(scan):
     x = jnp.ones(7, jnp.float32)
     one = jax.make_jaxpr(jax.grad(loss))(weights, x).jaxpr
     assert kept_bytes(one) == 5 * 7 * 4  # the input of each layer
-    many = jax.make_jaxpr(accumulated)(weights, jnp.ones((3, 7), jnp.float32)).jaxpr
-    assert kept_bytes(many) == 5 * 7 * 4
+    for microbatches in (accumulated, called):
+        many = jax.make_jaxpr(microbatches)(weights, jnp.ones((3, 7), jnp.float32)).jaxpr
+        assert kept_bytes(many) == 5 * 7 * 4
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(584, 512), (585, 512), (584, 511)])

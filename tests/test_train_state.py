@@ -10,7 +10,7 @@ from run_fixtures import assert_same_bits, tiny_config
 
 from lact_jax.config import Config
 from lact_jax.models.dit import abstract_params
-from lact_jax.train_state import TrainState, init_state, make_train_step
+from lact_jax.train_state import TrainState, init_state, jit_train_step, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -80,6 +80,28 @@ def test_two_microbatches_are_one_batch_of_double_size():
     assert distance(results[2][0], results[1][0]) < 1e-6
     assert distance(results[2][1], results[1][1]) < 1e-4
     assert distance(results[2][2], results[1][2]) < 1e-5
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_in_pieces_is_the_step_as_one_program(parts):
+    # Layers of two kinds: the last keeps more than the first.
+    whole = changed(CONFIG, accumulation=parts, eps=1.0)
+    model = dataclasses.replace(
+        whole.model, remat="selective", unroll_layers=True, dots_layers=whole.model.period
+    )
+    pieces = dataclasses.replace(whole, model=model)
+    assert model.num_layers > model.period
+    states, step = [first_state(whole), first_state(whole)], jit_train_step(pieces)
+    for seed in range(2):
+        given = batch(seed, size=4)
+        (states[0], metrics), (states[1], want) = (
+            run(state, *given, EMPTY)
+            for run, state in zip((step, step_of(whole)), states, strict=True)
+        )
+        assert distance(host(metrics), host(want)) < 1e-5
+    got, want = (host((state.params, state.ema, state.opt_state)) for state in states)
+    assert distance(got, want) < 1e-5
+    assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(want)]
 
 
 def test_averages_are_of_the_new_parameters_and_frozen_ones_stay():

@@ -47,8 +47,8 @@ class DiTConfig:
         one, as in Wan, the place in the picture is only felt through RoPE's distances, which a
         model that trains from scratch is slow to learn from.
       remat: 'none', or a key of REMAT_POLICIES.
-      unroll_layers: train on one device without a loop over layers. A step is faster and takes
-        less memory, its program takes minutes to compile.
+      unroll_layers: train on one device without a loop over layers: a program for each pass of a
+        layer, instead of one for the whole step. It is faster and takes less memory.
       dots_layers: number of last layers that keep what remat 'dots' keeps, where layers are
         unrolled; a multiple of `period`.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
@@ -219,7 +219,7 @@ class DiT(nnx.Module):
             if remat == "none" and gather is None:
                 return step
             policy = REMAT_POLICIES.get(remat, parallel.is_computed_here)
-            return jax.checkpoint(step, policy=policy, prevent_cse=unroll)
+            return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
         if unroll:
             count = self.config.num_layers // self.config.period

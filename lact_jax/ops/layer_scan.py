@@ -1,9 +1,9 @@
 """Layers run one after another, by a loop or without, so that their backward pass is cheap.
 
 `jax.lax.scan` first writes zeros to every array that its steps will write: 70 GB in a training step
-of ar_chunk3f. `scan_layers` is a scan that leaves that out. `unroll_layers` has no loop: what a
-layer keeps stays where it was computed instead of being copied to a stack and back, and a program
-of many layers takes minutes to compile. The tests hold both to `jax.lax.scan`.
+of ar_chunk3f. `scan_layers` is a scan that leaves that out. `unroll_layers` calls the passes of one
+layer instead of having a loop, and `pieces.Pieces` makes programs of them: what a layer keeps stays
+where it was computed and is not copied to a stack and back. The tests hold both to `jax.lax.scan`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 # By these names a program shows what its forward pass keeps, and which loop is the backward pass.
 KEPT, GRADIENT = "kept of a layer", "gradient of a layer"
+# Names of the jitted functions that `unroll_layers` calls for each layer's passes.
+PASSES = ("layer_forward", "layer_backward")
 
 
 def scan_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
@@ -40,10 +42,13 @@ def scan_layers(body: Callable, carry: Any, layers: Any) -> tuple[Any, Any]:
 def unroll_layers(bodies: Sequence[Callable], carry: Any, layers: Any) -> tuple[Any, Any]:
     """`scan_layers` without a loop, with a body for each layer.
 
+    Differentiated, it calls jitted functions, one for each of PASSES and kind of layer. It is meant
+    for `Pieces`: as part of one program it is right as well, but takes minutes to compile, and XLA
+    may keep what `jax.checkpoint` would have computed again.
+
     Args:
       bodies: functions of that kind for layer 0, 1, .. which compute the same and differ in what
-        they keep. Those that are the same object are traced once. `jax.checkpoint` within them
-        needs its `prevent_cse`.
+        they keep. Those that are the same object are one kind.
       carry, layers: as there.
 
     Returns:
@@ -222,7 +227,7 @@ def _scan_bwd(body, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd, symbolic_zeros=True)
 
 
-# Without a loop. A body is traced once for each pass: both are functions that the layers call.
+# Without a loop. What the calls pass on is all that stands between them: it would be a program.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -233,10 +238,14 @@ def _unroll(bodies, kinds, around, carry, layers):
 
 def _unroll_fwd(bodies, kinds, around, carry, layers):
     call, arrays, carry = _start(bodies, around, carry, layers)
-    forward = [jax.jit(partial(call.forward, kind)) for kind in range(len(bodies))]
+
+    def layer_forward(kind, arrays, carry, i):
+        return call.forward(kind, arrays, carry, i)
+
+    forward = jax.jit(layer_forward, static_argnums=0)
     outputs, kept = [], []
     for i, kind in enumerate(kinds):
-        carry, (output, values) = forward[kind](arrays, carry, jnp.int32(i))
+        carry, (output, values) = forward(kind, arrays, carry, jnp.int32(i))
         outputs.append(output)
         kept.append(values)
     return (carry, _stack(outputs)), _Residuals(arrays, kept, call)
@@ -244,15 +253,23 @@ def _unroll_fwd(bodies, kinds, around, carry, layers):
 
 def _unroll_bwd(bodies, kinds, residuals, cotangents):
     call, (dcarry, doutputs) = residuals.call, cotangents
-    backward = [jax.jit(partial(call.backward, kind)) for kind in range(len(bodies))]
-    dcarry, daround, dlayers = _of_carry(dcarry), None, []
+    leaves, structure = jax.tree.flatten(doutputs, is_leaf=_is_zero)
+    given = [x for x in leaves if not _is_zero(x)]
+
+    def layer_backward(kind, arrays, kept, dcarry, given, daround, i):
+        given = iter(given)
+        doutputs = structure.unflatten([x if _is_zero(x) else next(given) for x in leaves])
+        cotangents = dcarry, _of_layer(doutputs, i)
+        more, dcarry, own = call.backward(kind, arrays, kept, cotangents, i)
+        return jax.tree.map(jnp.add, daround, more), dcarry, own
+
+    backward = jax.jit(layer_backward, static_argnums=0)
+    dcarry, dlayers = _of_carry(dcarry), []
+    daround = jax.tree.map(jnp.zeros_like, call.around.divide(residuals.arrays["around"])[0])
     for i, kind in reversed(list(enumerate(kinds))):
-        # A place that is known when the layer after is done: else XLA would take a layer's float32
-        # parameters from their stacks once for both passes, and hold them in between.
-        place, dcarry = jax.lax.optimization_barrier((jnp.int32(i), dcarry))
-        cotangents = dcarry, _of_layer(doutputs, jnp.int32(i))
-        more, dcarry, own = backward[kind](residuals.arrays, residuals.kept[i], cotangents, place)
-        daround = more if daround is None else jax.tree.map(jnp.add, daround, more)
+        daround, dcarry, own = backward(
+            kind, residuals.arrays, residuals.kept[i], dcarry, given, daround, jnp.int32(i)
+        )
         dlayers.append(own)
     return call.around.join(daround), dcarry, call.layers.join(_stack(dlayers[::-1]))
 

@@ -58,14 +58,20 @@ def kept_bytes(jaxpr) -> int:
     """Bytes that the layers of a training step hand from forward to backward pass.
 
     Layers of `ops.layer_scan` say so by names, whether in a loop or not. Of `jax.lax.scan` they are
-    the stacked results of those that run from the first layer to the last. A scan that holds a
-    backward one is a loop over microbatches, each of which has both passes.
+    the stacked results of those that run from the first layer to the last. What holds a backward
+    pass as well is a loop over microbatches, or a call for one.
     """
-    total = 0
+    total = microbatch = 0
     for equation in jaxpr.eqns:
         inner = list(jaxprs_in_params(equation.params))
         if equation.primitive.name == "name":
             total += _bytes(equation.outvars[0].aval) * (equation.params["name"] == KEPT)
+        elif equation.primitive.name == "jit" and (kept := _named(equation, KEPT)):
+            total += sum(map(_bytes, kept))  # a call of a layer's pass
+        elif equation.primitive.name == "jit" and _named(equation, GRADIENT):
+            continue
+        elif equation.primitive.name == "jit" and _runs_backward(*inner):
+            microbatch = max(microbatch, kept_bytes(*inner))
         elif equation.primitive.name != "scan":
             total += sum(map(kept_bytes, inner))
         elif kept := _named(equation, KEPT):
@@ -79,16 +85,16 @@ def kept_bytes(jaxpr) -> int:
             pairs = zip(equation.outvars, inner[0].outvars, strict=True)
             stacked = [whole.aval for whole, one in pairs if whole.aval.shape != one.aval.shape]
             total += sum(map(_bytes, stacked))
-    return total
+    return total + microbatch
 
 
 def _bytes(aval) -> int:
     return aval.size * aval.dtype.itemsize
 
 
-def _named(scan, name: str) -> list:
-    """What the body of a scan calls by a name."""
-    (body,) = jaxprs_in_params(scan.params)
+def _named(equation, name: str) -> list:
+    """What the body of a scan, or a function that is called, calls by a name."""
+    (body,) = jaxprs_in_params(equation.params)
     equations = (x for x in body.eqns if x.primitive.name == "name" and x.params["name"] == name)
     return [equation.outvars[0].aval for equation in equations]
 

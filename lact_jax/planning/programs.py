@@ -20,6 +20,8 @@ from lact_jax.flops import step_flops
 from lact_jax.models.dit import abstract_params, bind
 from lact_jax.models.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lact_jax.ops import parallel
+from lact_jax.ops.layer_scan import PASSES
+from lact_jax.pieces import Pieces
 from lact_jax.pipeline import commit_branches, denoise_branches
 from lact_jax.planning import virtual
 from lact_jax.sharding import (
@@ -57,6 +59,8 @@ class Program:
       gradients: what it computes gradients of; empty if it trains nothing.
       model_flops: of its mathematics over all devices; None to take what the program computes.
       jit: options of `jax.jit`.
+      pieces: names of the functions in it that are programs of their own (`Pieces`); empty where it
+        is one program.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Program:
     gradients: Any = ()
     model_flops: int | None = None
     jit: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pieces: tuple[str, ...] = ()
 
 
 def sizes_of(config: Config) -> Sizes:
@@ -148,6 +153,7 @@ def train_programs(config: Config, mesh: Mesh) -> list[Program]:
         model_flops=clips
         * step_flops(model, config.objective, latent_Fhw, config.train.trainable),
         jit={"donate_argnums": 0, "out_shardings": (shardings, whole)},
+        pieces=PASSES if model.unroll_layers else (),
     )
     return [step]
 
@@ -207,9 +213,13 @@ JOBS: dict[str, Callable[[Config, Mesh], list[Program]]] = {
 
 
 def trace(program: Program, mesh: Mesh) -> Any:
-    """The program traced for its mesh: a `jax.stages.Traced`."""
+    """The program traced for its mesh: a `jax.stages.Traced`, or `TracedPieces`."""
+    function = on_mesh(mesh, program.function)
     with virtual.building_for(mesh.devices.flat[0]):
-        return jax.jit(on_mesh(mesh, program.function), **program.jit).trace(*program.arguments)
+        if program.pieces:
+            pieces = Pieces(function, program.pieces, (program.jit["donate_argnums"],))
+            return pieces.trace(*program.arguments)
+        return jax.jit(function, **program.jit).trace(*program.arguments)
 
 
 def compile_for(traced: Any, mesh: Mesh) -> Any:
