@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -32,6 +33,12 @@ def first_call_seconds(call: Callable):
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return result, time.perf_counter() - start
+
+
+def at_once(*calls: Callable) -> list:
+    """What each call returns. Those that compile for long do so beside one another."""
+    with ThreadPoolExecutor() as pool:
+        return [job.result() for job in [pool.submit(call) for call in calls]]
 
 
 def untuned() -> dict[str, str] | None:

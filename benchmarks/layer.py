@@ -9,6 +9,7 @@ backward pass computes again is not counted.
 
 import dataclasses
 import statistics
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +87,15 @@ def errors_of_bfloat16(config: DiTConfig, layout: SequenceLayout, tokens: int) -
     memory."""
     inputs = random_inputs(config, layout.length, tokens)
     cotangent = jax.random.normal(jax.random.key(3), inputs[0].shape, jnp.float32)
-    results = []
-    for dtype, options in ((config.dtype, None), ("float32", common.untuned())):
+
+    def result(dtype, options=None):
         params, run = block_of(dataclasses.replace(config, dtype=dtype), layout, REMAT.value)
         step = jax.jit(forward_and_backward(run), compiler_options=options)
-        results.append(step(params, inputs, cotangent))
-    (output, gradients), (exact_output, exact_gradients) = results
+        return step(params, inputs, cotangent)
+
+    (output, gradients), (exact_output, exact_gradients) = common.at_once(
+        partial(result, config.dtype), partial(result, "float32", common.untuned())
+    )
     largest = max(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(exact_gradients))
     exact = jax.tree_util.tree_leaves_with_path(exact_gradients)
     errors = {

@@ -68,7 +68,7 @@ _FAR = "sampling --steps=50 --far=120"
 LINES = (
     Line("training step of `ar_chunk3f`, whole model, `selective`", "train_all", _step,
          "2.0 s", f"{_STEP}=selective --config.train.trainable=all", _RATE),
-    Line("the same, layers unrolled, the last ten keep `dots`, no moving average",
+    Line("the same, layers unrolled, the last nine keep `dots`, no moving average",
          "train_all_unrolled", _step, "2.0 s", "all --rows=train_all_unrolled", _RATE),
     Line("the same, `full`", "train_all_full_remat", _step,
          "", f"{_STEP}=full --config.train.trainable=all", _RATE),

@@ -65,15 +65,14 @@ def check_types(params, config, frames, latent) -> dict:
         "decode": latent[:, :3],
     }
     exact = dataclasses.replace(config, dtype="float32")
+
+    def run(each, name):
+        form = start_of_video(each, f"{name}_chunk")
+        return jax.jit(form, compiler_options=vae_codec.compiler_options())(params, inputs[name])
+
     result = {}
-    for name, x in inputs.items():
-        got, want = (
-            jax.jit(
-                start_of_video(each, f"{name}_chunk"),
-                compiler_options=vae_codec.compiler_options(),
-            )(params, x)
-            for each in (config, exact)
-        )
+    for name in inputs:
+        got, want = common.at_once(partial(run, config, name), partial(run, exact, name))
         result[f"{name} error of {config.dtype}"] = common.relative_error(got, want)
     return result
 

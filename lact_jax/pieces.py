@@ -91,10 +91,13 @@ class TracedPieces:
         return self
 
     def compile(self, compiler_options: dict | None = None) -> "CompiledPieces":
-        """Compiles all programs, several at a time."""
+        """Compiles all programs, several at a time. One of the same name as another waits for it:
+        on a GPU the fastest form of the matmuls that both have is then known."""
+        programs = self._sequence.programs()
         with ThreadPoolExecutor() as pool:
-            programs = self._sequence.programs()
-            list(pool.map(lambda program: program.compile(compiler_options), programs))
+            for turn in sorted({program.turn for program in programs}):
+                own = [program for program in programs if program.turn == turn]
+                list(pool.map(lambda program: program.compile(compiler_options), own))
         return CompiledPieces(self._sequence, self._structure)
 
 
@@ -122,9 +125,12 @@ class CompiledPieces:
 
 
 class _Program:
-    """A program of a sequence. donated: places of the inputs that it may write over."""
+    """A program of a sequence.
 
-    def __init__(self, closed: Any, name: str, donated: Sequence[int] = ()):
+    donated: places of the inputs that it may write over. turn: how many are called as it is.
+    """
+
+    def __init__(self, closed: Any, name: str, donated: Sequence[int] = (), turn: int = 0):
         def function(*args):
             return jaxpr_as_fun(closed)(*args)
 
@@ -132,6 +138,7 @@ class _Program:
         self._function, self._donated = function, tuple(donated)
         self._inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in closed.in_avals]
         self._lowered = self.compiled = None
+        self.turn = turn
 
     def programs(self) -> list["_Program"]:
         return [self]
@@ -305,7 +312,7 @@ def _run_of(call: Any, names: frozenset, known: dict) -> Any:
         own = closed.replace(jaxpr=closed.jaxpr.replace(outvars=_own_outputs(closed.jaxpr)))
         if (name := call.params["name"]) in names:
             others = sum(other == name for _, other, _ in known.values())
-            run = _Program(own, f"{name}_{others}")
+            run = _Program(own, f"{name}_{others}", turn=others)
         else:
             run = _Sequence(own, names, known)
         known[id(closed)] = closed, name, run  # alive, so that nothing else gets its identity
