@@ -27,8 +27,8 @@ from lact_jax.workdir import flat_config
 # What a checkpoint was trained with must be what it is sampled with.
 MUST_AGREE = ("model", "codec", "text", "objective.frames_per_chunk")
 MAY_DIFFER = (
-    "model.remat", "model.unroll_layers", "model.dots_layers", "model.dtype", "codec.options.path",
-    "text.options.path",
+    "model.remat", "model.unroll_layers", "model.last_layers", "model.last_remat", "model.dtype",
+    "codec.options.path", "text.options.path",
 )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_a_step_in_pieces_is_the_step_as_one_program(parts):
     # Layers of two kinds: the last keeps more than the first.
     whole = changed(CONFIG, accumulation=parts, eps=1.0)
     model = dataclasses.replace(
-        whole.model, remat="selective", unroll_layers=True, dots_layers=whole.model.period
+        whole.model, remat="selective", unroll_layers=True, last_layers=whole.model.period
     )
     pieces = dataclasses.replace(whole, model=model)
     assert model.num_layers > model.period

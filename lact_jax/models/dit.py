@@ -49,8 +49,8 @@ class DiTConfig:
       remat: 'none', or a key of REMAT_POLICIES.
       unroll_layers: train on one device without a loop over layers: a program for each pass of a
         layer, instead of one for the whole step. It is faster and takes less memory.
-      dots_layers: number of last layers that keep what remat 'dots' keeps, where layers are
-        unrolled; a multiple of `period`.
+      last_layers, last_remat: where layers are unrolled, so many of the last keep what `last_remat`
+        says instead of `remat`; a multiple of `period`. Their memory is free again the soonest.
       dtype: matmul type, 'bfloat16' or 'float32'. Parameters are float32 whatever it is.
       kernels: 'auto' for Triton kernels where the device takes them, 'xla' for never, 'interpret'
         to run them on any device, slowly (ops/kernels).
@@ -73,16 +73,18 @@ class DiTConfig:
     position_embedding: bool = False
     remat: str = "full"
     unroll_layers: bool = False
-    dots_layers: int = 0
+    last_layers: int = 0
+    last_remat: str = "dots"
     dtype: str = "bfloat16"
     kernels: str = "auto"
 
     def __post_init__(self):
         if self.mixer not in MIXERS:
             raise ValueError(f"model.mixer={self.mixer!r}: choose one of {sorted(MIXERS)}")
-        if self.remat != "none" and self.remat not in REMAT_POLICIES:
-            names = sorted({"none", *REMAT_POLICIES})
-            raise ValueError(f"model.remat={self.remat!r}: choose one of {names}")
+        for name in ("remat", "last_remat"):
+            if (value := getattr(self, name)) != "none" and value not in REMAT_POLICIES:
+                names = sorted({"none", *REMAT_POLICIES})
+                raise ValueError(f"model.{name}={value!r}: choose one of {names}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"model.dtype={self.dtype!r}: choose 'bfloat16' or 'float32'")
         if self.kernels not in kernels.CHOICES:
@@ -107,13 +109,13 @@ class DiTConfig:
             raise ValueError(
                 f"model.gla.head_dim={self.gla.head_dim} does not divide model.dim={self.dim}"
             )
-        if self.dots_layers and not self.unroll_layers:
+        if self.last_layers and not self.unroll_layers:
             raise ValueError(
-                f"model.dots_layers={self.dots_layers}: needs model.unroll_layers=True"
+                f"model.last_layers={self.last_layers}: needs model.unroll_layers=True"
             )
-        if self.dots_layers % self.period or not 0 <= self.dots_layers <= self.num_layers:
+        if self.last_layers % self.period or not 0 <= self.last_layers <= self.num_layers:
             raise ValueError(
-                f"model.dots_layers={self.dots_layers}: choose a multiple of {self.period}, after "
+                f"model.last_layers={self.last_layers}: choose a multiple of {self.period}, after "
                 f"which layer kinds repeat, up to model.num_layers={self.num_layers}"
             )
 
@@ -222,9 +224,10 @@ class DiT(nnx.Module):
             return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
         if unroll:
-            count = self.config.num_layers // self.config.period
-            dots = self.config.dots_layers // self.config.period
-            bodies = [computed_again(remat)] * (count - dots) + [computed_again("dots")] * dots
+            config, period = self.config, self.config.period
+            count, last = config.num_layers // period, config.last_layers // period
+            bodies = [computed_again(remat)] * (count - last)
+            bodies += [computed_again(config.last_remat)] * last
             return unroll_layers(bodies, carry, (states, extra))
         # Sampling relies on lax.scan to drop caches that no layer reads. Devices that share a model
         # keep to it too: simulated ones were once seen to wait for one another in the other scan.

@@ -27,4 +27,11 @@ REMAT_POLICIES = {
             _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
         ),
     ),
+    # Nor is one inside of them, where their chunks are unrolled.
+    "all_dots": _POLICIES.save_from_both_policies(
+        _POLICIES.save_only_these_names("attention", "fast_weights", "hidden"),
+        _POLICIES.save_from_both_policies(
+            _POLICIES.dots_with_no_batch_dims_saveable, _is_attention
+        ),
+    ),
 }

@@ -24,7 +24,7 @@ from lact_jax.planning.programs import (
 from lact_jax.sharding import MeshConfig
 
 # From the policy that keeps most for the backward pass to the one that repeats most.
-FRUGALITY = ("none", "dots", "selective", "attention", "full")
+FRUGALITY = ("none", "all_dots", "dots", "selective", "attention", "full")
 Shape = tuple[int, int, int]
 
 

@@ -13,6 +13,7 @@ from model_fixtures import (
     FITS_KERNELS,
     MODELS,
     compiled,
+    equations,
     kernels_of,
     random_inputs,
     random_params,
@@ -54,6 +55,7 @@ def assert_same_loss_and_gradients(config, other):
 
 
 REMATS = [("default", remat) for remat in ("full", "attention", "selective", "dots")]
+REMATS += [("default", "all_dots")]
 REMATS += [(name, "full") for name in ("full attention", "window alone", "gated linear")]
 
 
@@ -62,10 +64,19 @@ def test_recomputing_activations_changes_nothing(name, remat):
     assert_same_loss_and_gradients(MODELS[name], replace(MODELS[name], remat=remat))
 
 
-@pytest.mark.parametrize("config", [MODELS["default"], replace(MODELS["mixed"], num_layers=4)])
-def test_layers_without_a_loop_change_nothing(config):
+MIXED = replace(MODELS["mixed"], num_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "remats"),
+    [(MODELS["default"], ("selective", "dots")), (MIXED, ("dots", "none"))],
+)
+def test_layers_without_a_loop_change_nothing(config, remats):
     # The last of two, or the last pair of two, keeps more than the others.
-    unrolled = replace(config, remat="selective", unroll_layers=True, dots_layers=config.period)
+    remat, last = remats
+    unrolled = replace(
+        config, unroll_layers=True, remat=remat, last_layers=config.period, last_remat=last
+    )
     assert_same_loss_and_gradients(config, unrolled)
 
 
@@ -73,6 +84,8 @@ def test_a_policy_that_keeps_less_computes_more():
     config = MODELS["momentum and muon"]
     flops, kept = {}, []
     for remat in FRUGALITY:
+        if remat == "all_dots":  # here as `dots`: chunks are in a loop
+            continue
         gradient = jax.grad(sequence_loss(replace(config, remat=remat)))
         jaxpr = jax.make_jaxpr(gradient)(random_params(config)).jaxpr
         flops[remat] = count_jaxpr_flops(jaxpr)
@@ -81,6 +94,19 @@ def test_a_policy_that_keeps_less_computes_more():
     assert kept == sorted(kept, reverse=True)
     # Muon's matmuls are a quarter of all: `dots` keeps their results as well.
     assert flops["dots"] < 1.02 * flops["none"]
+
+
+def test_all_dots_keeps_the_products_of_unrolled_chunks():
+    def matmuls(remat):
+        gradient = jax.grad(sequence_loss(replace(FITS_KERNELS, remat=remat)))
+        jaxpr = jax.make_jaxpr(gradient)(random_params(FITS_KERNELS)).jaxpr
+        return len(equations(jaxpr, "dot_general")), kept_bytes(jaxpr)
+
+    (more, less_kept), (fewer, kept) = matmuls("dots"), matmuls("all_dots")
+    # In the body of the layers: two of each update, one of each read.
+    chunks = random_inputs(1, 1).clean.shape[1] - 1
+    assert more - fewer == 2 * chunks + 2 * chunks + 1
+    assert kept > less_kept
 
 
 KERNELS = {
