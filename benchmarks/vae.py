@@ -70,24 +70,26 @@ def check_types(params, config, frames, latent) -> dict:
         form = start_of_video(each, f"{name}_chunk")
         return jax.jit(form, compiler_options=vae_codec.compiler_options())(params, inputs[name])
 
-    result = {}
-    for name in inputs:
-        got, want = common.at_once(partial(run, config, name), partial(run, exact, name))
-        result[f"{name} error of {config.dtype}"] = common.relative_error(got, want)
-    return result
+    got_and_want = common.at_once(
+        *(partial(run, each, name) for name in inputs for each in (config, exact))
+    )
+    pairs = zip(inputs, got_and_want[::2], got_and_want[1::2], strict=True)
+    return {
+        f"{name} error of {config.dtype}": common.relative_error(got, want)
+        for name, got, want in pairs
+    }
 
 
-def beside_torch(params, config, frames, latent, per_call, flops, rate) -> dict:
+def beside_torch(params, codec, frames, latent, per_call, flops, rate) -> dict:
     """The same clip and weights through the PyTorch form, and how far its results are from ours."""
     from benchmarks import vae_torch  # PyTorch is optional
 
     flat = traverse_util.flatten_dict(params, sep="/")
     state = {
         row.wan: TRANSFORMS[row.transform].to_torch(np.asarray(flat[row.jax]))
-        for row in rows(config)
+        for row in rows(codec.config)
     }
-    encode, decode = vae_torch.codec(state, config, per_call, TORCH_COMPILE.value)
-    codec = vae_codec.WanCodec(params, config, latents_per_call=per_call)
+    encode, decode = vae_torch.codec(state, codec.config, per_call, TORCH_COMPILE.value)
     result = {}
     for name, prepare, x, ours in (
         ("encode", encode, frames, codec.encode(frames)),
@@ -124,14 +126,14 @@ def main(_):
         "decode TFLOP": flops["decode"] / 1e12,
         "matmul TFLOP/s": rate / 1e12,
     }
-    for per_call in per_calls:
-        codec = vae_codec.WanCodec(params, config, latents_per_call=per_call)
+    codecs = [vae_codec.WanCodec(params, config, latents_per_call=n) for n in per_calls]
+    for per_call, codec in zip(per_calls, codecs, strict=True):
         for name, call, x in (("encode", codec.encode, frames), ("decode", codec.decode, latent)):
             result |= measure(f"{name} by {per_call}", partial(call, x), flops[name], rate)
             result[f"peak GB after {name} by {per_call}"] = common.peak_gigabytes()
     result |= check_types(params, config, frames, latent)
     if TORCH.value:
-        result |= beside_torch(params, config, frames, latent, per_calls[0], flops, rate)
+        result |= beside_torch(params, codecs[0], frames, latent, per_calls[0], flops, rate)
     common.report("vae", result, JSON.value)
 
 
