@@ -51,7 +51,8 @@ ALLOWED = {
         "batch_encoder", "config", "diffusion", "distributed", "models", "objective", "ops",
         "optim", "sharding", "workdir",
     },
-    "train_state": {"config", "models", "objective", "ops", "optim"},
+    "pieces": set(),
+    "train_state": {"config", "models", "objective", "ops", "optim", "pieces", "sharding"},
     "sizes": {"config", "data", "encoders", "objective", "ops"},
     "batch_encoder": {"encoders"},
     "pipeline": {
