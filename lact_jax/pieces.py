@@ -28,8 +28,8 @@ class Memory(NamedTuple):
 class Pieces:
     """`jax.jit(function, donate_argnums=donate_argnums)` on one device, as several programs.
 
-    It traces and compiles for the arguments of its first call; those of others must be of the same
-    shapes and types. It can't be traced or differentiated.
+    It traces and compiles for the first arguments of their structure, shapes and types. It can't be
+    traced or differentiated.
     """
 
     def __init__(
@@ -38,13 +38,15 @@ class Pieces:
         """names: of the jitted functions that `function` calls and that are programs of their own.
         What lies between their calls are the other programs."""
         self._function, self._names = function, frozenset(names)
-        self._donate_argnums, self._compiled = frozenset(donate_argnums), None
+        self._donate_argnums, self._compiled = frozenset(donate_argnums), {}
 
     def __call__(self, *args: Any) -> Any:
         """function(*args). What `donate_argnums` names is not to be used after it."""
-        if self._compiled is None:
-            self._compiled = self.trace(*args).lower().compile()
-        return self._compiled(*args)
+        leaves, structure = jax.tree.flatten(args)
+        kind = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if kind not in self._compiled:
+            self._compiled[kind] = self.trace(*args).lower().compile()
+        return self._compiled[kind](*args)
 
     def trace(self, *args: Any) -> "TracedPieces":
         """As `jax.jit(function).trace(*args)`: arguments are arrays or their shapes.

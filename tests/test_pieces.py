@@ -55,6 +55,12 @@ def test_results_are_those_of_one_program_again_and_again():
     assert np.any(mine["weights"] != state["weights"])
 
 
+def test_arguments_of_another_shape_are_compiled_for():
+    pieces, (state, x) = Pieces(function, {"layer"}), arguments()
+    for rows in (5, 3, 5):
+        assert_close(pieces(state, x[:rows]), jax.jit(function)(state, x[:rows]))
+
+
 def test_a_piece_is_one_program_however_often_it_runs():
     text = Pieces(function, {"layer"}).trace(*arguments()).lower().compile().as_text()
     assert re.findall(r"HloModule jit_(\w+)", text) == ["between_0", "layer_0", "between_4"]
