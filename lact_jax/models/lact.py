@@ -276,7 +276,7 @@ class LaCT(QKVO):
         lists of `clean` and of `later` ones. Where chunks are unrolled, those that one of them
         updates or reads with are an array, since slices of a larger one would be copied."""
         count, repeat = layout.num_clean, layout.num_repeat
-        if not fw.unrolls(count, False, self._fast_backend(dtype)):
+        if not fw.unrolls(count, keep_hidden=False, backend=self._fast_backend(dtype)):
             return layout.first, [layout.clean], [layout.later]
 
         def apart(chunks: slice, each: int):
@@ -352,7 +352,8 @@ class LaCT(QKVO):
         """
         _, clean, _ = self._fast_parts(layout, v_BCSNK.dtype)
         parts, repeat, backend = len(clean), layout.num_repeat, self._fast_backend(v_BCSNK.dtype)
-        by_chunk = partial(_by_chunk, apart=fw.unrolls(layout.num_clean, False, backend))
+        apart = fw.unrolls(layout.num_clean, keep_hidden=False, backend=backend)
+        by_chunk = partial(_by_chunk, apart=apart)
         initial = self._initial_weights(v_BCSNK.shape[0])
         q_first, q_clean, q_later = q_fast[0], q_fast[1 : parts + 1], q_fast[parts + 1 :]
         v_clean = jnp.split(v_BCSNK[:, layout.clean], parts, axis=1)

@@ -233,7 +233,7 @@ _HIDDEN = jax.checkpoint_policies.save_only_these_names("hidden", "update")
 MAX_UNROLLED = 8
 
 
-def unrolls(count: int, keep_hidden: bool, backend: str) -> bool:
+def unrolls(count: int, *, keep_hidden: bool, backend: str) -> bool:
     """Whether `scan_chunks` unrolls so many chunks."""
     few = backend != "xla" and count <= MAX_UNROLLED
     return count > 0 and (few or keep_hidden)
@@ -291,7 +291,7 @@ def scan_chunks(
     def looped(state, inputs):
         return checkpoint_name(step(state, inputs), "fast_weights")
 
-    if not unrolls(len(chunks_C.k_BMSE), keep_hidden, backend):
+    if not unrolls(len(chunks_C.k_BMSE), keep_hidden=keep_hidden, backend=backend):
         return jax.lax.scan(looped, start, inputs_C)
 
     stepped = partial(_stepped, rule=rule, backend=backend)

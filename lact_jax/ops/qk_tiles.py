@@ -160,4 +160,3 @@ class Sizes(TokenRuns):
     def _token_block(self) -> tuple[int, int, int]:
         fast_heads, length = self.tile
         return fast_heads, self.pieces, length
-
